@@ -1,0 +1,28 @@
+# `make demo` and `make test` need Python 3.11 or newer and nothing else; the first one builds .venv.
+PYTHON := $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint clean
+
+.venv/stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "qrlora needs Python 3.11 or newer; this is " + sys.version.split()[0])'
+	@echo "installing into .venv (once; torch is large)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: .venv/stamp
+	$(BIN)/qrlora blend --output demo
+
+lint: .venv/stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+clean:
+	rm -rf .venv demo out dist build .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,86 @@
+"""Adapters for text-to-image diffusion models that are made to be merged.
+
+`W' = W + Q dR`: the basis `Q` is derived from the weight and frozen, the coefficients `dR` are trained. The public
+names are loaded on first use, so that importing the package (and the command line's help) stays quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qrlora.adapter import (
+        AdapterSpec,
+        BasisCache,
+        adapter_of,
+        adapters_disabled,
+        add_adapter,
+        attach_adapter,
+        remove_adapter,
+        save_adapter,
+        set_adapters,
+    )
+    from qrlora.formats import Adapter
+    from qrlora.merging import merge
+    from qrlora.models import load_pipeline
+    from qrlora.training import TrainConfig, train
+
+from qrlora.errors import QrloraError, QrloraWarning
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Adapter": "qrlora.formats",
+    "AdapterSpec": "qrlora.adapter",
+    "BasisCache": "qrlora.adapter",
+    "TrainConfig": "qrlora.training",
+    "adapter_of": "qrlora.adapter",
+    "adapters_disabled": "qrlora.adapter",
+    "add_adapter": "qrlora.adapter",
+    "attach_adapter": "qrlora.adapter",
+    "load_pipeline": "qrlora.models",
+    "merge": "qrlora.merging",
+    "remove_adapter": "qrlora.adapter",
+    "save_adapter": "qrlora.adapter",
+    "set_adapters": "qrlora.adapter",
+    "train": "qrlora.training",
+}
+
+__all__ = [
+    "Adapter",
+    "AdapterSpec",
+    "BasisCache",
+    "QrloraError",
+    "QrloraWarning",
+    "TrainConfig",
+    "__version__",
+    "adapter_of",
+    "adapters_disabled",
+    "add_adapter",
+    "attach_adapter",
+    "load_adapter",
+    "load_pipeline",
+    "merge",
+    "remove_adapter",
+    "save_adapter",
+    "set_adapters",
+    "train",
+]
+
+
+def load_adapter(path: "str | Path") -> "Adapter":
+    """Read an adapter file or a peft folder; see `qrlora.formats.read_adapter`."""
+    from qrlora.formats import read_adapter
+
+    return read_adapter(path)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qrlora' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

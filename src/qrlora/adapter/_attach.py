@@ -1,0 +1,192 @@
+"""An adapter read from a file, on a denoiser."""
+
+import torch
+from torch import Tensor, nn
+
+from qrlora.adapter._cache import BasisCache
+from qrlora.adapter._peft import (
+    FACTORS,
+    Factor,
+    Injection,
+    Record,
+    active_adapters,
+    as_mixin,
+    check_new_name,
+    component_of,
+    inject,
+    lora_layers,
+    upper_triangle,
+)
+from qrlora.adapter._spec import AdapterSpec
+from qrlora.adapter._weights import base_layer, check_adaptable, check_base, dense_weight
+from qrlora.adapter.targets import adaptable_layers
+from qrlora.basis import align
+from qrlora.errors import QrloraError
+from qrlora.formats import Adapter, CoefficientsFile, Component, Header, LowRank
+from qrlora.formats._adapter import check_weight
+
+FINGERPRINT_TOLERANCE = 1e-3
+
+
+def attach_adapter(
+    denoiser: nn.Module,
+    adapter: Adapter,
+    adapter_name: str,
+    *,
+    weight: float = 1.0,
+    trainable: bool = False,
+    spec: AdapterSpec | None = None,
+) -> list[str]:
+    """Put an adapter on a denoiser, active beside those already active.
+
+    Args:
+        denoiser: of the base model the adapter was trained on; checked by its weights where the header has their
+            hashes.
+        adapter: as read by `read_adapter`, or merged.
+        adapter_name: its name on the denoiser.
+        weight: its strength; see `set_adapters`.
+        trainable: train its coefficients further, its basis frozen and its mask kept. Otherwise all of it is frozen.
+        spec: for training, the scale to train with (`lora_alpha`); what it says of the basis must be what the adapter
+            has.
+
+    Returns:
+        The adapted layers' paths.
+
+    Raises:
+        QrloraError: another base model, a layer that is missing or of another shape, a name that is taken or
+            unusable, a `spec` that contradicts the adapter; naming the layer. The denoiser is then as it was.
+    """
+    mixin = as_mixin(denoiser)
+    check_new_name(denoiser, adapter_name)
+    check_weight(weight)
+    _check_fits(denoiser, adapter)
+    injection = _injection(adapter, trainable, spec)
+    before = active_adapters(denoiser)
+    inject(denoiser, adapter_name, injection)
+    mixin.set_adapter([*before, adapter_name])
+    layers = lora_layers(denoiser, adapter_name)
+    for layer in layers.values():
+        layer.set_scale(adapter_name, weight)
+    return list(layers)
+
+
+def resolve_coefficients(file: CoefficientsFile, denoiser: nn.Module, *, cache: BasisCache | None = None) -> Adapter:
+    """Rebuild a whole adapter from a coefficients-only file and the base model it was trained on.
+
+    Each layer's basis is computed again and rotated within its span to the file's fingerprint (orthogonal Procrustes).
+
+    Raises:
+        QrloraError: a layer is missing or of another shape, another base model, or a fingerprint missed by more than
+            1e-3 relative, naming the layer.
+    """
+    modules = adaptable_layers(denoiser)
+    _check_layers(modules, list(file.layers), file.component, denoiser, file.source)
+    check_base(modules, file.header.weight_hashes, file.source)
+    store = cache if cache is not None else BasisCache()
+    layers = {name: _resolved(file, name, modules[name], store) for name in file.layers}
+    adapter = Adapter(layers, file.header, file.component, source=file.source)
+    _check_shapes(modules, adapter)
+    return adapter
+
+
+def _resolved(file: CoefficientsFile, name: str, module: nn.Module, cache: BasisCache) -> LowRank:
+    header, part = file.header, file.layers[name]
+    if header.basis is None or header.side is None:
+        raise QrloraError(f"{file.source} does not say which basis it needs.")
+    weight = dense_weight(module, name)
+    rank = part.fingerprint.shape[0]
+    spec = AdapterSpec(rank=rank, basis=header.basis, side=header.side, seed=header.seed)
+    vectors, misfit = align(cache.get(weight, spec, name).vectors, part.fingerprint)
+    if not misfit <= FINGERPRINT_TOLERANCE:
+        raise QrloraError(
+            f"{file.source}: the basis of {name} cannot be found again on this base model (misfit "
+            f"{misfit:.1e}, allowed {FINGERPRINT_TOLERANCE:.0e}); use the base model it was trained on, in the same "
+            "precision, or a file with its basis."
+        )
+    ones = (1,) * (weight.ndim - 2)
+    if header.side == "output":
+        return LowRank(vectors.reshape(-1, rank, *ones), part.trained)
+    return LowRank(part.trained, vectors.T.reshape(rank, *weight.shape[1:]))
+
+
+def _check_fits(denoiser: nn.Module, adapter: Adapter) -> None:
+    modules = adaptable_layers(denoiser)
+    _check_layers(modules, list(adapter.layers), adapter.component, denoiser, adapter.label)
+    for layer in adapter.layers:
+        check_adaptable(modules[layer], layer)
+    _check_shapes(modules, adapter)
+    if adapter.header is not None:
+        check_base(modules, adapter.header.weight_hashes, adapter.label)
+
+
+def _check_layers(
+    modules: dict[str, nn.Module], layers: list[str], component: Component, denoiser: nn.Module, label: str
+) -> None:
+    if component != component_of(denoiser):
+        raise QrloraError(f"{label} adapts a {component}, but {type(denoiser).__name__} is a {component_of(denoiser)}.")
+    for layer in layers:
+        if layer not in modules:
+            raise QrloraError(
+                f"{label} adapts {layer}, which {type(denoiser).__name__} does not have; load the model it "
+                "was trained on."
+            )
+
+
+def _check_shapes(modules: dict[str, nn.Module], adapter: Adapter) -> None:
+    for layer, pair in adapter.layers.items():
+        shape = _shape(base_layer(modules[layer]))
+        if pair.shape != shape:
+            raise QrloraError(
+                f"{adapter.label} adapts {layer} as a weight of shape {list(pair.shape)}, but here it has "
+                f"{list(shape)}; load the model it was trained on."
+            )
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """Of the unpacked weight: a quantised one may be stored in another shape."""
+    if isinstance(module, nn.Conv2d):
+        return (module.out_channels, module.in_channels, *module.kernel_size)
+    assert isinstance(module, nn.Linear)
+    return (module.out_features, module.in_features)
+
+
+def _injection(adapter: Adapter, trainable: bool, spec: AdapterSpec | None) -> Injection:
+    header = adapter.header
+    if not trainable:
+        return Injection(adapter.layers, 1.0, FACTORS, None, Record(header))
+    if spec is not None:
+        _check_spec(adapter, spec)
+    side = header.side if header is not None else None
+    trained: Factor = "lora_A" if side == "output" else "lora_B"
+    frozen: tuple[Factor, ...] = () if side is None else ("lora_B",) if side == "output" else ("lora_A",)
+    mask = spec.mask if spec is not None else header.mask if header is not None else "full"
+    masked = trained if mask == "upper" and side is not None else None
+    for name, pair in adapter.layers.items():
+        if masked is not None:
+            _check_upper(adapter, name, pair.A if masked == "lora_A" else pair.B, masked)
+    scale = spec.scale if spec is not None else 1.0
+    factors = adapter.layers if scale == 1 else adapter.scaled(1 / scale).layers
+    if header is not None and spec is not None:
+        header = header.model_copy(update={"mask": mask, "lora_alpha": spec.rank * scale})
+    return Injection(factors, scale, frozen, masked, Record(header, spec))
+
+
+def _check_upper(adapter: Adapter, name: str, trained: Tensor, factor: Factor) -> None:
+    if not torch.equal(upper_triangle(trained, factor), trained):
+        raise QrloraError(f'{adapter.label}: {name} has values outside the upper triangle; train it with mask="full".')
+
+
+def _check_spec(adapter: Adapter, spec: AdapterSpec) -> None:
+    header = adapter.header if adapter.header is not None else Header(rank=1)
+    has = (header.basis or "lora", header.side)
+    wants = (spec.basis, None if spec.plain else spec.side)
+    if has != wants:
+        raise QrloraError(
+            f"{adapter.label} has the basis {has[0]!r} on side {has[1]}, but {wants[0]!r} on side {wants[1]} "
+            "is asked for; train it as it is."
+        )
+    for name, pair in adapter.layers.items():
+        if pair.rank != spec.rank:
+            raise QrloraError(
+                f"{adapter.label} has rank {pair.rank} at {name}, but rank {spec.rank} is asked for; train it as it is."
+            )

@@ -1,0 +1,269 @@
+"""The blend itself: train what is not given, merge, lay pictures out, report."""
+
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from qrlora import starter
+from qrlora.blend.config import BlendConfig
+from qrlora.blend.painter import Painter, choose_place
+from qrlora.blend.provenance import AdapterUse, SheetProvenance, file_hash, save_picture
+from qrlora.blend.report import adapter_report, write_report
+from qrlora.blend.roles import ROLES, Part, Role, copy_file, plan_parts, train_part
+from qrlora.blend.sheet import Cell, Grid, draw_sheet
+from qrlora.blend.sweep import draw_sweep
+from qrlora.errors import QrloraError
+from qrlora.formats import Adapter, read_adapter
+from qrlora.merging import merge
+from qrlora.models import GenerationDefaults, LoadedModel, load_pipeline
+from qrlora.training import TrainResult
+
+
+@dataclass(frozen=True)
+class BlendResult:
+    """The files of a blend.
+
+    Attributes:
+        content, style, merged: adapter files.
+        sheet: the labelled picture.
+        sweep: the sheet of intermediate checkpoints, where asked for.
+        report: the JSON report.
+        seconds: by phase, and in total.
+    """
+
+    content: Path
+    style: Path
+    merged: Path
+    sheet: Path
+    sweep: Path | None
+    report: Path
+    seconds: dict[str, float]
+
+
+@dataclass
+class _Clock:
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    started: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - begun, 2)
+
+    def finish(self) -> None:
+        self.seconds["total"] = round(time.perf_counter() - self.started, 2)
+
+
+def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: bool = True) -> BlendResult:
+    """Make two adapters, merge them, and show what they do over a grid of weights.
+
+    Writes into `config.output`: `content.safetensors`, `style.safetensors`, `merged.safetensors` (at `content_weight`
+    and `style_weight`), `blend.png`, the single pictures under `pictures/` (each repeatable with `qrlora generate
+    --from`), `report.json`, the training runs under `train/`, and `sweep.png` where `sweep_steps` is given.
+
+    Args:
+        config: what to blend.
+        loaded: a model to work on, given back without adapters; loaded from `config.model` where None.
+        progress: show the trainings' progress on standard error.
+
+    Raises:
+        QrloraError: bad input; nothing is written over.
+        Interrupted: Ctrl-C while training; run again with `resume`.
+    """
+    clock = _Clock()
+    output = config.output
+    _check_output(config)
+    parts, prompt = plan_parts(config)
+    with clock.phase("load"):
+        model = loaded if loaded is not None else _load(config)
+    settings = settings_of(config, model.defaults)
+    painter = Painter(model, config.model, settings)
+    trained: dict[Role, TrainResult | None] = {}
+    for role in ROLES:
+        _say(progress, f"{role}: {parts[role].source}")
+        with clock.phase(role):
+            trained[role] = train_part(config, parts[role], model, progress=progress)
+    with clock.phase("merge"):
+        adapters = {role: _single(config, parts[role]) for role in ROLES}
+        merged, note = _merge(config, adapters)
+        files = {role: output / f"{role}.safetensors" for role in ROLES}
+        for role in ROLES:
+            _write_role(parts[role], adapters[role], files[role])
+        merged_file = merged.save(output / "merged.safetensors")
+    attached: list[str] = []
+    _forget_pictures(output)
+    _say(progress, "pictures")
+    try:
+        with clock.phase("pictures"):
+            for role in ROLES:
+                painter.attach(role, files[role])
+                attached.append(role)
+            sheet = _draw(config, painter, parts, prompt, _subtitle(config, model, adapters, note))
+    finally:
+        for name in attached:
+            painter.detach(name)
+    sweep = None
+    if config.sweep_steps is not None:
+        _say(progress, "sweep")
+        with clock.phase("sweep"):
+            sweep = draw_sweep(config, painter, parts, files, prompt)
+    clock.finish()
+    report = write_report(
+        output / "report.json",
+        seconds=clock.seconds,
+        config=config,
+        prompt=prompt,
+        painter=painter,
+        parts={
+            **{
+                role: adapter_report(adapters[role], files[role], trained[role], parts[role].source, parts[role].prompt)
+                for role in ROLES
+            },
+            "merged": adapter_report(merged, merged_file, None, note, prompt)
+            | {"weights": {"content": config.content_weight, "style": config.style_weight}},
+        },
+    )
+    return BlendResult(files["content"], files["style"], merged_file, sheet, sweep, report, clock.seconds)
+
+
+def settings_of(config: Any, defaults: GenerationDefaults) -> GenerationDefaults:
+    """The model's generation settings with what `config` gives under the same names laid over them."""
+    given = {name: getattr(config, name, None) for name in GenerationDefaults.model_fields}
+    return defaults.model_copy(update={name: value for name, value in given.items() if value is not None})
+
+
+def _check_output(config: BlendConfig) -> None:
+    output = config.output
+    if output.exists() and not output.is_dir():
+        raise QrloraError(f"--output {output} is a file; name a folder.")
+    if config.overwrite or config.resume:
+        return
+    for name in ("report.json", "blend.png", "content.safetensors", "style.safetensors", "merged.safetensors", "train"):
+        if (output / name).exists():
+            raise QrloraError(
+                f"--output {output} holds an earlier blend ({name}); name another folder, continue it with --resume, "
+                "or replace it with --overwrite."
+            )
+
+
+def _forget_pictures(output: Path) -> None:
+    """Remove the pictures of an earlier blend: those at weights no longer asked for would pass for new ones."""
+    for pattern in ("merge-*.png", "sweep-*.png"):
+        for path in (output / "pictures").glob(pattern):
+            path.unlink()
+    (output / "sweep.png").unlink(missing_ok=True)
+
+
+def _say(shown: bool, text: str) -> None:
+    if shown:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _load(config: BlendConfig) -> LoadedModel:
+    device, dtype = choose_place(config.device)
+    return load_pipeline(config.model or starter.path(), dtype=dtype, device=device)
+
+
+def _single(config: BlendConfig, part: Part) -> Adapter:
+    """The one adapter of a role; several given ones are merged at weight 1 each."""
+    adapters = [read_adapter(path) for path in part.files]
+    return adapters[0] if len(adapters) == 1 else merge(adapters, method=config.method)
+
+
+def _merge(config: BlendConfig, adapters: dict[Role, Adapter]) -> tuple[Adapter, str]:
+    """The merge at the chosen weights, and in words how it was made. That it grew is said there, not warned of."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        merged = merge(
+            [adapters[role] for role in ROLES], [config.content_weight, config.style_weight], method=config.method
+        )
+    method = merged.header.method if merged.header is not None else config.method
+    reasons = [str(entry.message) for entry in said]
+    return merged, f"{method}" + "".join(f" ({reason.rstrip('.')})" for reason in reasons)
+
+
+def _write_role(part: Part, adapter: Adapter, file: Path) -> None:
+    """A single file is copied byte for byte, everything else written anew."""
+    if len(part.files) == 1 and part.files[0].is_file():
+        copy_file(part.files[0], file)
+    else:
+        adapter.save(file)
+
+
+def _draw(config: BlendConfig, painter: Painter, parts: dict[Role, Part], prompt: str, subtitle: str) -> Path:
+    """Every picture, saved one by one, then the sheet."""
+    folder, made = config.output / "pictures", list[str]()
+
+    def paint(name: str, text: str, content: float, style: float) -> Image.Image:
+        picture = painter.paint(text, config.seed, {"content": content, "style": style})
+        painter.save(picture, folder / f"{name}.png")
+        made.append(f"pictures/{name}.png")
+        return picture.image
+
+    def cell(role: Role) -> Cell:
+        text = parts[role].prompt or prompt
+        weights = (1.0, 0.0) if role == "content" else (0.0, 1.0)
+        return Cell(paint(role, text, *weights), f"{role} adapter alone", f'"{text}"')
+
+    grid = Grid(
+        pictures=[
+            [paint(f"merge-{c:g}-{s:g}", prompt, c, s) for s in config.style_weights] for c in config.content_weights
+        ],
+        row_labels=[f"{weight:g}" for weight in config.content_weights],
+        column_labels=[f"{weight:g}" for weight in config.style_weights],
+        row_title="content weight",
+        column_title="style weight",
+        heading=f'merge: "{prompt}"',
+    )
+    cells = [
+        [Cell(parts[role].reference, f"{role} reference", parts[role].caption) for role in ROLES],
+        [cell(role) for role in ROLES],
+        [
+            Cell(paint("base", prompt, 0.0, 0.0), "base", f'"{prompt}"'),
+            Cell(
+                paint("merged", prompt, config.content_weight, config.style_weight),
+                "merged",
+                f"content {config.content_weight:g}, style {config.style_weight:g}",
+            ),
+        ],
+    ]
+    sheet = draw_sheet(f'"{prompt}"', subtitle, cells, [grid])
+    return save_picture(sheet, config.output / "blend.png", sheet_provenance(config, painter, prompt, made))
+
+
+def sheet_provenance(config: BlendConfig, painter: Painter, prompt: str, pictures: list[str]) -> SheetProvenance:
+    """What stands in the text chunk of a sheet: the job, and where its single pictures are."""
+    uses = [
+        AdapterUse(file=file.name, sha256=file_hash(file), weight=weight)
+        for file, weight in (
+            (config.output / "content.safetensors", config.content_weight),
+            (config.output / "style.safetensors", config.style_weight),
+        )
+    ]
+    return SheetProvenance(
+        prompt=prompt,
+        seed=config.seed,
+        model=config.model,
+        model_hash=painter.model_hash,
+        adapters=tuple(uses),
+        settings=painter.settings.model_dump(),
+        pictures=tuple(pictures),
+    )
+
+
+def _subtitle(config: BlendConfig, model: LoadedModel, adapters: dict[Role, Adapter], note: str) -> str:
+    kinds = list[str]()
+    for role in ROLES:
+        header = adapters[role].header
+        rank = max(pair.rank for pair in adapters[role].layers.values())
+        kinds.append(f"{(header.basis if header else None) or 'lora'}, rank {rank}")
+    made = kinds[0] if len(set(kinds)) == 1 else f"content {kinds[0]}; style {kinds[1]}"
+    return f"{model.model_id}   |   {made}   |   merged by {note.split(' (')[0]}   |   seed {config.seed}"

@@ -1,0 +1,131 @@
+"""What made a picture, kept inside the picture: a JSON text chunk under the key `qrlora` of every PNG."""
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from qrlora.errors import QrloraError
+from qrlora.formats import atomic_write
+
+PNG_KEY = "qrlora"
+
+
+class AdapterUse(BaseModel):
+    """One adapter file at one weight.
+
+    Args:
+        file: path of the adapter, relative to the folder of the picture where that is possible.
+        sha256: of the file's bytes (of a peft folder: of its weights file).
+        weight: factor on its update; the picture was made with `W + weight * B A`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str
+    sha256: str
+    weight: float
+
+
+class Provenance(BaseModel):
+    """Everything that `qrlora generate --from PICTURE` needs to make the picture again.
+
+    Args:
+        prompt, seed: of the one picture.
+        model: hub id or folder; None is the embedded base.
+        model_hash: of the denoiser's adapted layers, so that another base under the same name is noticed.
+        adapters: in the order in which they were attached.
+        settings: generation settings by the pipeline's own argument names.
+        device, dtype: where it was computed; other ones give the same picture up to rounding only.
+        versions: of the libraries that draw it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = 1
+    prompt: str
+    seed: int
+    model: str | None
+    model_hash: str
+    adapters: tuple[AdapterUse, ...] = ()
+    settings: dict[str, Any]
+    device: str
+    dtype: str
+    versions: dict[str, str] = {}
+
+
+class SheetProvenance(BaseModel):
+    """What made a sheet of many pictures; each of `pictures`, relative to the sheet, has a `Provenance` of its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = 1
+    prompt: str
+    seed: int
+    model: str | None
+    model_hash: str
+    adapters: tuple[AdapterUse, ...] = ()
+    settings: dict[str, Any]
+    pictures: tuple[str, ...]
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of an adapter file, or of the weights file inside a peft folder."""
+    if path.is_dir():
+        path = path / "adapter_model.safetensors"
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise QrloraError(f"{path}: no such adapter file.") from error
+
+
+def relative_to_picture(file: Path, picture: Path) -> str:
+    """`file` as seen from the picture's folder, with forward slashes; absolute where the two share no root."""
+    try:
+        return Path(os.path.relpath(file.resolve(), picture.resolve().parent)).as_posix()
+    except ValueError:  # another drive on Windows
+        return file.resolve().as_posix()
+
+
+def save_picture(picture: Image.Image, path: Path, chunk: BaseModel) -> Path:
+    """Write a PNG atomically, with `chunk` as JSON under the text key `qrlora`."""
+    text = PngInfo()
+    text.add_text(PNG_KEY, chunk.model_dump_json())
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", pnginfo=text, optimize=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, buffer.getvalue())
+    return path
+
+
+def read_provenance(path: Path) -> Provenance:
+    """The provenance of one generated picture.
+
+    Raises:
+        QrloraError: no picture, no `qrlora` chunk, or one of a whole sheet (its single pictures have their own).
+    """
+    try:
+        with Image.open(path) as picture:
+            text = getattr(picture, "text", {}).get(PNG_KEY)
+    except FileNotFoundError as error:
+        raise QrloraError(f"{path}: no such picture.") from error
+    except (UnidentifiedImageError, OSError) as error:
+        raise QrloraError(f"{path}: not a readable picture ({error}).") from error
+    if text is None:
+        raise QrloraError(
+            f"{path}: no '{PNG_KEY}' text chunk, so it was not made by qrlora or was saved again elsewhere."
+        )
+    try:
+        chunk = json.loads(text)
+        if isinstance(chunk, dict) and "pictures" in chunk:
+            raise QrloraError(f"{path} is a sheet of many pictures; repeat one of those in its 'pictures' folder.")
+        return Provenance.model_validate(chunk)
+    except (json.JSONDecodeError, ValidationError) as error:
+        raise QrloraError(f"{path}: its '{PNG_KEY}' text chunk is damaged or of another version.") from error

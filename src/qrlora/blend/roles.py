@@ -1,0 +1,149 @@
+"""The two roles of a blend: where the adapter of each comes from."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from qrlora import starter
+from qrlora.blend.config import BlendConfig
+from qrlora.data import load_examples, open_picture, square
+from qrlora.errors import QrloraError
+from qrlora.formats import Adapter, atomic_write, read_adapter
+from qrlora.models import LoadedModel
+from qrlora.training import TrainConfig, TrainResult, train
+
+Role = Literal["content", "style"]
+ROLES: tuple[Role, Role] = ("content", "style")
+_CHUNK = 1 << 24
+
+
+@dataclass
+class Part:
+    """One role.
+
+    Attributes:
+        role: content or style.
+        source: in words, where its adapter comes from.
+        data: pictures to train on; None where adapters are given.
+        prompt: what the role alone is asked for; None if nothing tells.
+        reference: the first picture, for the sheet.
+        caption: what stands under the reference.
+        files: its adapter files; known after training.
+        steps: optimiser steps its training took; 0 where it was given.
+    """
+
+    role: Role
+    source: str
+    data: Path | None = None
+    prompt: str | None = None
+    reference: Image.Image | None = None
+    caption: str = ""
+    files: list[Path] = field(default_factory=list[Path])
+    steps: int = 0
+
+
+def plan_parts(config: BlendConfig) -> tuple[dict[Role, Part], str]:
+    """Both roles and the prompt of the merge, with every picture and adapter looked at before anything is trained.
+
+    Raises:
+        QrloraError: a missing, damaged or contradictory input.
+    """
+    bundled = [role for role in ROLES if getattr(config, role) is None and not config.adapters(role)]
+    if bundled and config.model is not None:
+        raise QrloraError(
+            f"the bundled samples are for the embedded base; with --model give --{bundled[0]} (a picture) or "
+            f"--{bundled[0]}-adapter (a file)."
+        )
+    prompt = starter.samples().prompt if config.prompt is None and len(bundled) == len(ROLES) else config.prompt
+    if not prompt:
+        raise QrloraError('what is the merge to show? Give --prompt, such as "a <c> dog in <s> style".')
+    return {role: _plan(config, role) for role in ROLES}, prompt
+
+
+def _plan(config: BlendConfig, role: Role) -> Part:
+    given: str | None = getattr(config, f"{role}_prompt")
+    files = config.adapters(role)
+    if files:
+        adapters = [read_adapter(path) for path in files]
+        return Part(
+            role,
+            source=", ".join(str(path) for path in files),
+            prompt=given or _caption_of(adapters[0]),
+            caption=", ".join(path.name for path in files),
+            files=list(files),
+        )
+    data: Path | None = getattr(config, role)
+    if data is None:
+        bundled = starter.samples()
+        data = bundled.content if role == "content" else bundled.style
+        given = given or (bundled.content_prompt if role == "content" else bundled.style_prompt)
+    try:
+        first = load_examples(data, given, 64)[0]
+    except QrloraError as error:
+        words = str(error).removeprefix("instance_data_dir: ").replace("instance_prompt", f"--{role}-prompt")
+        raise QrloraError(f"--{role}: {words}") from error
+    picture = open_picture(first.path).rgb
+    return Part(
+        role,
+        source=str(data),
+        data=data,
+        prompt=given or first.caption,
+        reference=square(picture, min(512, *picture.size)),
+        caption=f'"{first.caption}"',
+    )
+
+
+def _caption_of(adapter: Adapter) -> str | None:
+    """The first caption an adapter of ours was trained on."""
+    training = adapter.header.training if adapter.header is not None else None
+    captions = (training or {}).get("captions") or []
+    return str(captions[0]) if captions else None
+
+
+def train_part(config: BlendConfig, part: Part, model: LoadedModel, *, progress: bool) -> TrainResult | None:
+    """Train the adapter of a role; None where it was given."""
+    if part.data is None:
+        return None
+    result = train(_train_config(config, part), loaded=model, progress=progress)
+    part.files, part.steps = [result.path], result.config.max_train_steps
+    return result
+
+
+def _train_config(config: BlendConfig, part: Part) -> TrainConfig:
+    common = {
+        "adapter.rank": config.rank,
+        "adapter.basis": config.basis,
+        "max_train_steps": config.max_train_steps,
+        "learning_rate": config.learning_rate,
+        "train_batch_size": config.train_batch_size,
+        "checkpointing_steps": config.sweep_steps,
+    }
+    values: dict[str, Any] = {key: value for key, value in common.items() if value is not None} | {
+        "instance_data_dir": str(part.data),
+        "instance_prompt": part.prompt,
+        "output_dir": str(config.output / "train" / part.role),
+        "overwrite": config.overwrite,
+        "resume": "latest" if config.resume else None,
+        "seed": config.seed,
+        "model": config.model,
+    }
+    more: Path | None = getattr(config, f"{part.role}_config")
+    if more is None:
+        return TrainConfig.parse(values, f"the {part.role} training")
+    return TrainConfig.from_yaml(more, values)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy byte for byte, whole or not at all."""
+    if source.resolve() == target.resolve():
+        return
+
+    def chunks() -> Iterator[bytes]:
+        with source.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                yield chunk
+
+    atomic_write(target, chunks())

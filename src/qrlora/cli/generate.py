@@ -1,0 +1,161 @@
+"""`qrlora generate`: pictures with adapters at weights, or a picture of ours again."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field
+
+from qrlora.cli._options import flag, parse_options, refuse_existing, say
+from qrlora.errors import QrloraError
+
+
+class GenerateOptions(BaseModel):
+    """Make pictures. With --from, make a picture of ours again, exactly."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    prompt: str | None = None
+    adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """FILE or FILE=WEIGHT; may be given several times."""
+    output: Path = Path("picture.png")
+    """The PNG file; several pictures are numbered."""
+    overwrite: bool = False
+    """Replace the output file."""
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """A picture made by qrlora: repeat it, with its own model, adapters, prompt, seed and settings."""
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """Of the first picture; 0 where not given."""
+    num_images: int = Field(default=1, gt=0)
+    """How many; each has the next seed."""
+    model: str | None = None
+    """Hub id or local diffusers folder; none means the embedded base."""
+    device: str | None = None
+    """cpu, cuda, mps...; none means the best that is there."""
+    height: int | None = Field(default=None, gt=0)
+    """In pixels."""
+    width: int | None = Field(default=None, gt=0)
+    num_inference_steps: int | None = Field(default=None, gt=0)
+    guidance_scale: float | None = None
+    true_cfg_scale: float | None = None
+    negative_prompt: str | None = None
+    max_sequence_length: int | None = Field(default=None, gt=0)
+
+
+_FIXED_BY_PICTURE = (
+    "prompt",
+    "adapter",
+    "seed",
+    "height",
+    "width",
+    "num_inference_steps",
+    "guidance_scale",
+    "true_cfg_scale",
+    "negative_prompt",
+    "max_sequence_length",
+)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Parse, then generate or repeat."""
+    options = parse_options(GenerateOptions, "generate", arguments)
+    outputs = output_files(options.output, options.num_images)
+    for path in outputs:
+        refuse_existing(path, options.overwrite)
+    if options.from_ is not None:
+        return _repeat(options, options.from_)
+    if not options.prompt:
+        raise QrloraError('say what to show: --prompt "a <c> dog in <s> style", or --from a picture made before.')
+    return _generate(options, options.prompt, outputs)
+
+
+def _generate(options: GenerateOptions, prompt: str, outputs: Sequence[Path]) -> None:
+    adapters = [split_weight(text) for text in options.adapter]
+    from qrlora.blend.job import settings_of
+
+    painter = _painter(options.model, options.device)
+    painter.settings = settings_of(options, painter.settings)
+    weights = {f"adapter_{index}": weight for index, (_, weight) in enumerate(adapters)}
+    for name, (file, _) in zip(weights, adapters, strict=True):
+        painter.attach(name, file)
+    for index, path in enumerate(outputs):
+        print(painter.save(painter.paint(prompt, (options.seed or 0) + index, weights), path))
+
+
+def _repeat(options: GenerateOptions, source: Path) -> None:
+    for name in _FIXED_BY_PICTURE:
+        if getattr(options, name):
+            raise QrloraError(f"--from repeats {source} as it is; drop {flag(name)}.")
+    if options.num_images != 1:
+        raise QrloraError("--from repeats one picture; drop --num-images.")
+    if options.output.resolve() == source.resolve():
+        raise QrloraError(f"--output {options.output} is the picture to repeat; name another file.")
+    from PIL import Image, ImageChops
+    from pydantic import ValidationError
+
+    from qrlora.blend import read_provenance
+    from qrlora.blend.provenance import file_hash
+    from qrlora.models import GenerationDefaults
+
+    made = read_provenance(source)
+    files = [(source.parent / use.file, use) for use in made.adapters]
+    for file, use in files:
+        if file_hash(file) != use.sha256:
+            raise QrloraError(f"{file} has changed since {source} was made with it, so the picture cannot be repeated.")
+    painter = _painter(options.model or made.model, options.device)
+    if painter.model_hash != made.model_hash:
+        raise QrloraError(
+            f"{source} was made with another base model than {painter.loaded.model_id} (or in another precision than "
+            f"{made.dtype}); name the right one with --model, or the --device it was made on ({made.device})."
+        )
+    try:
+        painter.settings = GenerationDefaults.model_validate(made.settings)
+    except ValidationError as error:
+        raise QrloraError(f"{source}: its settings are of another version of qrlora.") from error
+    weights: dict[str, float] = {}
+    for index, (file, use) in enumerate(files):
+        painter.attach(f"adapter_{index}", file)
+        weights[f"adapter_{index}"] = use.weight
+    picture = painter.paint(made.prompt, made.seed, weights)
+    with Image.open(source) as image:
+        extrema: Any = ImageChops.difference(image.convert("RGB"), picture.image.convert("RGB")).getextrema()
+    difference = max(high for _, high in extrema)
+    say("identical" if difference == 0 else f"differs by at most {difference} of 255: another machine or version")
+    print(painter.save(picture, options.output))
+
+
+def _painter(model: str | None, device: str | None) -> Any:
+    from qrlora import starter
+    from qrlora.blend import Painter, choose_place
+    from qrlora.models import load_pipeline
+
+    place, dtype = choose_place(device)
+    loaded = load_pipeline(model or starter.path(), dtype=dtype, device=place)
+    return Painter(loaded, model, loaded.defaults)
+
+
+def split_weight(text: str) -> tuple[Path, float]:
+    """`FILE=WEIGHT` or `FILE`, which weighs 1.
+
+    Raises:
+        QrloraError: the weight is not a number.
+    """
+    if Path(text).exists():
+        return Path(text), 1.0
+    file, equals, weight = text.rpartition("=")
+    if not equals:
+        return Path(text), 1.0
+    try:
+        return Path(file), float(weight)
+    except ValueError as error:
+        raise QrloraError(f"--adapter {text}: {weight!r} is not a weight; write FILE=0.9.") from error
+
+
+def output_files(output: Path, count: int) -> list[Path]:
+    """One PNG a picture: the name itself for one, NAME-0.png and so on for several."""
+    if output.suffix.lower() != ".png":
+        raise QrloraError(f"--output {output} must end in .png, the format that carries how a picture was made.")
+    if count == 1:
+        return [output]
+    return [output.with_stem(f"{output.stem}-{index}") for index in range(count)]

@@ -1,0 +1,108 @@
+"""From `sys.argv` to a verb, and from what went wrong to an exit code.
+
+0: done. 2: bad input, told in one sentence. 130, 143: stopped by Ctrl-C or SIGTERM. Anything else is a bug and shows a
+traceback.
+"""
+
+import difflib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TextIO
+
+from qrlora import __version__
+from qrlora.errors import QrloraError, QrloraWarning
+
+VERBS = {
+    "blend": "two pictures in; two adapters, their merge and a sheet of pictures out",
+    "train": "train one adapter",
+    "merge": "adapters into one adapter",
+    "generate": "pictures with adapters at weights; or the same picture again",
+    "inspect": "what an adapter file or a picture says of itself",
+    "basis": "compute the bases of a model once, for all later trainings",
+    "config": "write or check training configurations",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; see the module for exit codes.
+
+    Args:
+        arguments: without the program's name; `sys.argv[1:]` where None.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if given else 2
+    if given[0] in ("-V", "--version", "version"):
+        print(f"qrlora {__version__}")
+        return 0
+    _quiet_libraries()
+    warnings.showwarning = _show_warning
+    try:
+        if given[0] not in VERBS:
+            raise QrloraError(_unknown_verb(given[0]))
+        import_module(f"qrlora.cli.{given[0]}").run(given[1:])
+    except QrloraError as error:
+        print(f"qrlora: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("qrlora: stopped.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        # Raised by a training that could still save; importing its class here would cost every start two seconds.
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        print(f"qrlora: {error}", file=sys.stderr)
+        return int(code)
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """The libraries' own switches, read when they are imported; a user's setting wins.
+
+    Their advice concerns programmers (slow tokenizers, optional packages), and pictures have our own progress.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Ours as one line to the user; others as Python shows them."""
+    if issubclass(category, QrloraWarning):
+        print(f"qrlora: note: {message}", file=file or sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {what}" for verb, what in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: qrlora VERB [options]",
+            "",
+            "Adapters for text-to-image diffusion models that are made to be merged.",
+            "",
+            *lines,
+            "",
+            "qrlora VERB --help shows a verb's options. First try: qrlora blend --output demo",
+        ]
+    )
+
+
+def _unknown_verb(verb: str) -> str:
+    close = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(VERBS)}."
+    return f"unknown verb {verb!r}; {hint}"

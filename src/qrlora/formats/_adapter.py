@@ -1,0 +1,163 @@
+"""An adapter as data: one low-rank pair a layer, and where it came from."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from qrlora.errors import QrloraError
+
+Component = Literal["transformer", "unet"]
+SaveDtype = Literal["fp32", "bf16"]
+FORMAT_VERSION = 1
+
+
+class Header(BaseModel):
+    """The provenance that our files carry beside a vanilla LoRA, as JSON under the metadata key `qrlora`.
+
+    `basis` and `side` say which factor is frozen: `lora_B` for side "output", `lora_A` for "input"; both are None where
+    neither factor is a basis (plain LoRA, concatenated merges). `rank` is the largest over the layers. `fingerprint` is
+    one SHA-256 over the fingerprints of all layers' bases. `weight_hashes` has one entry an adapted layer,
+    "dtype:hash"; `base_hash` is the hash of all of them. `method`, `merged_from` are set on merged adapters.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    basis: str | None = None
+    side: Literal["output", "input"] | None = None
+    mask: Literal["full", "upper"] = "full"
+    rank: int = Field(gt=0)
+    lora_alpha: float | None = None
+    seed: int = 0
+    fingerprint: str | None = None
+    base_model: str | None = None
+    base_hash: str | None = None
+    weight_hashes: dict[str, str] = {}
+    trigger_words: list[str] = []
+    training: dict[str, Any] | None = None
+    method: str | None = None
+    merged_from: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One layer's `dW = B A`, fp32 on the CPU, any scale (alpha / rank) baked in.
+
+    Attributes:
+        B: `[out, r]`, for a convolution `[out, r, 1, 1]`.
+        A: `[r, in]`, for a convolution `[r, in, kh, kw]`.
+    """
+
+    B: Tensor
+    A: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight it adapts: `(out, in)` or `(out, in, kh, kw)`."""
+        return (self.B.shape[0], *self.A.shape[1:])
+
+    def delta(self) -> Tensor:
+        """The dense `dW` as a matrix `[out, in]` or `[out, in * kh * kw]`."""
+        return self.B.flatten(1) @ self.A.flatten(1)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A whole adapter: its layers by module path inside the denoiser, and its header where it has one.
+
+    Attributes:
+        layers: module path (`transformer_blocks.0.attn.to_q`) to factors.
+        header: provenance, or None for a LoRA of another tool.
+        component: the pipeline component it belongs to.
+    """
+
+    layers: Mapping[str, LowRank]
+    header: Header | None = None
+    component: Component = "transformer"
+    # Where a file was read, so that messages can name it; no part of the adapter's value.
+    source: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise QrloraError(f"{self.label} has no layers.")
+        for name, pair in self.layers.items():
+            check_pair(name, pair)
+
+    @property
+    def label(self) -> str:
+        """What messages call this adapter."""
+        return self.source or "the adapter"
+
+    def scaled(self, weight: float) -> "Adapter":
+        """The adapter times `weight`, which goes into the trained factor, so the basis stays as it is.
+
+        Raises:
+            QrloraError: `weight` is not finite.
+        """
+        check_weight(weight)
+        trained = trained_factor(self.header)
+        layers = {
+            name: LowRank(pair.B, pair.A * weight) if trained == "A" else LowRank(pair.B * weight, pair.A)
+            for name, pair in self.layers.items()
+        }
+        return replace(self, layers=layers)
+
+    def save(self, path: str | Path, *, save_dtype: SaveDtype = "fp32", coefficients_only: bool = False) -> Path:
+        """Write the native file: a vanilla diffusers LoRA with our header key; see `write_native`.
+
+        With `coefficients_only`, write the trained factor alone; see `write_coefficients`.
+        """
+        from qrlora.formats._coefficients import write_coefficients
+        from qrlora.formats._native import write_native
+
+        write = write_coefficients if coefficients_only else write_native
+        return write(self, path, save_dtype=save_dtype)
+
+
+def trained_factor(header: Header | None) -> Literal["A", "B"]:
+    """The factor that carries scales and weights: the trained one, or `lora_B` where both are trained."""
+    return "A" if header is not None and header.side == "output" else "B"
+
+
+def same_weight(one: str, other: str) -> bool | None:
+    """Whether two `label:hash` of a header mean one weight; None where they cannot tell.
+
+    Hashes of one weight in two dtypes say nothing about each other, nor do those of two ways to quantise it.
+    """
+    if one == other:
+        return True
+    label = one.partition(":")[0]
+    comparable = label == other.partition(":")[0] and not label.startswith("packed-")
+    return False if comparable else None
+
+
+def check_weight(weight: float) -> None:
+    if not math.isfinite(weight):
+        raise QrloraError(f"an adapter weight of {weight} is not a finite number; give a real number such as 0.9.")
+
+
+def check_pair(name: str, pair: LowRank) -> None:
+    """Refuse factors that cannot be a low-rank pair, by the layer's name."""
+    B, A = pair.B, pair.A
+    linear = B.ndim == 2 and A.ndim == 2
+    convolution = B.ndim == 4 and A.ndim == 4 and B.shape[2:] == (1, 1)
+    if not (linear or convolution) or B.shape[1] != A.shape[0] or 0 in (*B.shape, *A.shape):
+        raise QrloraError(
+            f"{name}: lora_B {list(B.shape)} and lora_A {list(A.shape)} are no low-rank pair; expected [out, r] and "
+            "[r, in], or [out, r, 1, 1] and [r, in, kh, kw]."
+        )
+
+
+def check_finite(key: str, tensor: Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise QrloraError(f"{key} has values that are not finite (nan or inf); this adapter is damaged or diverged.")

@@ -1,0 +1,60 @@
+"""Files appear whole or not at all: a temporary file in the same folder, fsync, then a rename over the target."""
+
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+from qrlora.errors import QrloraError
+
+
+def atomic_write(path: str | Path, content: str | bytes | Iterable[bytes | memoryview]) -> Path:
+    """Write `content` to `path` so that a reader, a crash or a full disk never leaves half a file.
+
+    Missing parent folders are made. Text is written as UTF-8; an iterable of byte chunks is streamed. Whatever goes
+    wrong, also inside the iterable, the temporary file is removed and an existing `path` keeps its old content.
+
+    Raises:
+        QrloraError: the file cannot be written (no permission, no space, `path` is a folder).
+    """
+    target = Path(path)
+    chunks = _chunks(content)
+    if target.is_dir():
+        raise QrloraError(f"{target} is a folder; give the name of a file to write.")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as stream:
+            try:
+                for chunk in chunks:
+                    stream.write(chunk)
+                stream.flush()
+                os.fsync(stream.fileno())
+                stream.close()
+                os.replace(temporary, target)
+            except BaseException:
+                # Also for Ctrl-C: whatever interrupts, no half file stays.
+                stream.close()
+                temporary.unlink()
+                raise
+    except OSError as error:
+        raise QrloraError(f"{target} cannot be written: {error.strerror or error}.") from error
+    _sync_folder(target.parent)
+    return target
+
+
+def _chunks(content: str | bytes | Iterable[bytes | memoryview]) -> Iterable[bytes | memoryview]:
+    if isinstance(content, str):
+        return (content.encode(),)
+    return (content,) if isinstance(content, bytes) else content
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut, where the platform lets a folder be opened (Windows does not)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,73 @@
+"""A folder as peft's own `save_pretrained` writes it, for `PeftModel.from_pretrained`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qrlora.errors import QrloraError
+from qrlora.formats._adapter import Adapter, Component, SaveDtype
+from qrlora.formats._atomic import atomic_write
+from qrlora.formats._native import cast_to_save, header_metadata, json_object, layers_of, lora_config, read_header
+from qrlora.formats._safetensors import read_safetensors, write_safetensors
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_COMPONENT_KEY = "qrlora_component"
+
+
+def write_peft_folder(adapter: Adapter, folder: str | Path, *, save_dtype: SaveDtype = "fp32") -> Path:
+    """Write `adapter_model.safetensors` and a plain `adapter_config.json` into `folder` (made if missing).
+
+    Raises:
+        QrloraError: a value is not finite (nothing is written), or the folder cannot be written.
+    """
+    target = Path(folder)
+    if target.is_file():
+        raise QrloraError(f"{target} is a file; a peft adapter is a folder.")
+    tensors: dict[str, Tensor] = {}
+    for name, pair in adapter.layers.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = cast_to_save(name, pair.A, save_dtype)
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = cast_to_save(name, pair.B, save_dtype)
+    base = adapter.header.base_model if adapter.header else None
+    config = {"peft_type": "LORA", "task_type": None, "inference_mode": True, "base_model_name_or_path": base}
+    metadata = {"format": "pt", _COMPONENT_KEY: adapter.component, **header_metadata(adapter.header)}
+    write_safetensors(target / WEIGHTS_NAME, tensors, metadata)
+    atomic_write(target / CONFIG_NAME, json.dumps(config | lora_config(adapter), indent=2, sort_keys=True) + "\n")
+    return target
+
+
+def read_peft_folder(folder: str | Path) -> Adapter:
+    """Read a peft LoRA folder, ours or another tool's; any alpha is baked into the factors.
+
+    Raises:
+        QrloraError: a file is missing, the adapter is not a LoRA, or the weights are damaged, naming the key.
+    """
+    source = Path(folder)
+    config = _config(source / CONFIG_NAME)
+    if config.get("peft_type") != "LORA":
+        raise QrloraError(f"{source} is a peft adapter of type {config.get('peft_type')}, not LORA.")
+    tensors, metadata = read_safetensors(source / WEIGHTS_NAME)
+    header = read_header(source, metadata)
+    for key in tensors:
+        if not key.startswith(_PREFIX):
+            raise QrloraError(f"{source}: {key} does not start with {_PREFIX}, so it was not written by peft.")
+    stripped = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
+    layers = layers_of(source, stripped, config, header)
+    component: Component = (
+        "unet" if metadata.get(_COMPONENT_KEY) == "unet" or _looks_like_unet(layers) else "transformer"
+    )
+    return Adapter(layers, header, component, source=str(source))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise QrloraError(f"{path} does not exist; a peft adapter folder has it beside {WEIGHTS_NAME}.")
+    return json_object(path, path.read_text(encoding="utf-8"), "the file")
+
+
+def _looks_like_unet(names: Any) -> bool:
+    """peft's files do not say which component they belong to; U-Nets alone have these blocks."""
+    return any(name.startswith(("down_blocks.", "mid_block.", "up_blocks.")) for name in names)

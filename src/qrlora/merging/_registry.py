@@ -1,0 +1,44 @@
+"""Merge methods by name. A method is one typed function in a file of `methods/`; its keyword arguments are its
+options."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qrlora.errors import QrloraError
+from qrlora.formats import Adapter
+
+MergeMethod = Callable[..., Adapter]
+_METHODS: dict[str, MergeMethod] = {}
+
+
+def register_merge(name: str) -> Callable[[MergeMethod], MergeMethod]:
+    """Register `function(adapters, weights, **options) -> Adapter` as a merge method.
+
+    Args:
+        name: what `merge(method=...)` and the command line call it.
+    """
+
+    def register(function: MergeMethod) -> MergeMethod:
+        _METHODS[name] = function
+        return function
+
+    return register
+
+
+def merge_names() -> tuple[str, ...]:
+    """The names `merge` takes, `auto` first."""
+    return ("auto", *sorted(_METHODS))
+
+
+def run(name: str, adapters: Sequence[Adapter], weights: Sequence[float], options: dict[str, Any]) -> Adapter:
+    """Call a registered method, after its name and its options were checked."""
+    if name not in _METHODS:
+        raise QrloraError(f"merge method {name!r} is not known; the known ones are {', '.join(merge_names())}.")
+    function = _METHODS[name]
+    known = list(inspect.signature(function).parameters)[2:]
+    for option in options:
+        if option not in known:
+            described = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise QrloraError(f"merge method {name!r} has no option {option!r}; {described}.")
+    return function(adapters, weights, **options)

@@ -1,0 +1,28 @@
+"""The exact merge of adapters with bases of their own: factors side by side, the ranks add up."""
+
+from collections.abc import Sequence
+
+import torch
+
+from qrlora.formats import Adapter, LowRank
+from qrlora.merging._header import merged_header
+from qrlora.merging._registry import register_merge
+
+
+@register_merge("concat")
+def merge_concat(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """`[B_1 ... B_n] [w_1 A_1; ...; w_n A_n]`: exact for any adapters of the same layers, at the summed rank.
+
+    The weights go into each part's trained factor, so its basis is stored unchanged.
+    """
+    scaled = [adapter.scaled(weight) for adapter, weight in zip(adapters, weights, strict=True)]
+    layers = {
+        name: LowRank(
+            torch.cat([adapter.layers[name].B for adapter in scaled], dim=1),
+            torch.cat([adapter.layers[name].A for adapter in scaled], dim=0),
+        )
+        for name in adapters[0].layers
+    }
+    rank = max(pair.rank for pair in layers.values())
+    header = merged_header(adapters, weights, "concat", rank=rank, keep_basis=False)
+    return Adapter(layers, header, adapters[0].component)

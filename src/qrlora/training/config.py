@@ -1,0 +1,189 @@
+"""Everything a training run can be told, under the names of the diffusers scripts."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qrlora.adapter import AdapterSpec
+from qrlora.errors import QrloraError
+
+Weighting = Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"]
+LrScheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+
+
+class TrainConfig(BaseModel):
+    """One training run. What is not given is taken from the model's training defaults, else from here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str | None = None
+    """Hub id or local diffusers folder; none means the embedded base model."""
+    instance_data_dir: str
+    """A picture, or a folder of pictures with same-stem .txt captions or a metadata.jsonl."""
+    instance_prompt: str | None = None
+    """The caption of pictures that have none of their own."""
+    output_dir: str
+    """Receives adapter.safetensors, config.yaml, losses.json, checkpoints and validation pictures."""
+    overwrite: bool = False
+    """Replace an earlier result in output_dir."""
+    resolution: int | None = Field(default=None, gt=0)
+    """Pixels of a side of the training pictures; none means what the model makes by default."""
+    random_flip: bool = False
+    """Mirror each picture half of the time."""
+    mask_loss: bool = True
+    """Weight the loss by NAME.mask.png or the picture's alpha channel, where there is one."""
+
+    adapter: AdapterSpec = AdapterSpec()
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    train_batch_size: int = Field(default=1, gt=0)
+    """Per process; every item draws its own picture, noise level and noise."""
+    gradient_accumulation_steps: int = Field(default=1, gt=0)
+    max_train_steps: int = Field(default=1000, gt=0)
+    """Optimiser steps."""
+    learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
+    lr_scheduler: LrScheduler = "constant"
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    lr_num_cycles: int = Field(default=1, gt=0)
+    lr_power: float = Field(default=1.0, gt=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_weight_decay: float = Field(default=1e-4, ge=0, allow_inf_nan=False)
+    adam_epsilon: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this 2-norm over all coefficients; .inf never clips."""
+    weighting_scheme: Weighting = "none"
+    """How noise levels are drawn and weighted; none is uniform, the published setting."""
+    logit_mean: float = 0.0
+    logit_std: float = Field(default=1.0, gt=0)
+    mode_scale: float = 1.29
+    guidance_scale: float = 1.0
+    """The guidance embedding while training, on models that have one."""
+    mixed_precision: Literal["no", "bf16"] | None = None
+    """bf16: base and activations in bfloat16, coefficients in fp32. None: bf16 on a GPU, no on the CPU."""
+    gradient_checkpointing: bool = False
+    """Less memory for about a third more time."""
+    device: str | None = None
+    """cpu, cuda, mps... None: accelerate's choice, or where the loaded model is."""
+
+    checkpointing_steps: int = Field(default=250, gt=0)
+    checkpoints_total_limit: int | None = Field(default=None, gt=0)
+    """Keep this many of the newest checkpoints; none keeps all."""
+    resume: str | None = None
+    """"latest", or a checkpoint folder: continue that run exactly."""
+    init_from: str | None = None
+    """An adapter file to start a new run from."""
+    validation_prompt: str | None = None
+    """Make pictures of this prompt while training, under output_dir/validation."""
+    validation_steps: int = Field(default=100, gt=0)
+    num_validation_images: int = Field(default=1, gt=0)
+    report_to: str | None = None
+    """tensorboard, wandb, trackio... (accelerate's trackers)."""
+    logging_dir: str = "logs"
+    """Within output_dir."""
+    save_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the resulting file; checkpoints are always fp32."""
+
+    @model_validator(mode="after")
+    def _exclusive(self) -> Self:
+        if self.resume is not None and self.init_from is not None:
+            raise QrloraError(
+                "resume and init_from exclude each other: resume continues a run with its optimiser and step count, "
+                "init_from starts a new run from an adapter's weights; drop one of them."
+            )
+        if self.adapter.lora_alpha is not None and self.adapter.lora_alpha <= 0:
+            raise QrloraError(f"adapter.lora_alpha={self.adapter.lora_alpha} must be above 0.")
+        return self
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], source: str = "the training configuration") -> Self:
+        """Validate a nested mapping; dotted keys (`adapter.rank`) reach into sections.
+
+        Raises:
+            QrloraError: the first problem, with its key; an unknown key with the nearest valid one.
+        """
+        nested = _nest(values, source)
+        try:
+            return cls.model_validate(nested)
+        except ValidationError as error:
+            raise QrloraError(_sentence(error, source)) from error
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
+        """Read a YAML file; `overrides` (dotted keys) win over it."""
+        path = Path(path)
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise QrloraError(f"the configuration {path} cannot be read: {error.strerror or error}.") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise QrloraError(f"the configuration {path} is not YAML: {' '.join(str(error).split())}.") from error
+        if values is None:
+            values = {}
+        if not isinstance(values, dict):
+            raise QrloraError(f"the configuration {path} must be a mapping of keys to values.")
+        return cls.parse(_merge(_nest(values, str(path)), _nest(overrides or {}, "the overrides")), str(path))
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
+        """Fill what was not given from `defaults`, in which adapter fields may stand at the top level (`rank`)."""
+        given = self.model_dump(exclude_unset=True)
+        nested = dict(defaults)
+        lifted = {key: nested.pop(key) for key in list(nested) if key in AdapterSpec.model_fields and not _own(key)}
+        nested["adapter"] = {**lifted, **nested.get("adapter", {})}
+        return self.parse(_merge(nested, given), "the model's training defaults")
+
+    def to_yaml(self) -> str:
+        """Every key and value; `from_yaml` reads it back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _own(key: str) -> bool:
+    return key in TrainConfig.model_fields
+
+
+def _nest(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, rest = str(key).partition(".")
+        if rest:
+            value = _nest({rest: value}, source)
+        elif isinstance(value, Mapping):
+            value = _nest(value, source)
+        nested = _merge(nested, {section: value})
+    return nested
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _sentence(error: ValidationError, source: str) -> str:
+    # An unknown key first: it is often the reason why a required one seems missing.
+    problem = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        return f"{source}: unknown key {key}{_nearest(path)}"
+    if problem["type"] == "missing":
+        return f"{source}: {key} is missing; give it."
+    return f"{source}: {key}={problem['input']!r} is not valid: {problem['msg']}."
+
+
+def _nearest(path: list[str]) -> str:
+    here = AdapterSpec.model_fields if path[0] == "adapter" and len(path) > 1 else TrainConfig.model_fields
+    prefix = "adapter." if here is AdapterSpec.model_fields else ""
+    names: Iterable[str] = [f"{prefix}{name}" for name in here]
+    close = difflib.get_close_matches(".".join(path), names, n=1, cutoff=0.5)
+    if not close:
+        elsewhere = [*TrainConfig.model_fields, *(f"adapter.{name}" for name in AdapterSpec.model_fields)]
+        close = [name for name in elsewhere if name.rpartition(".")[2] == path[-1]][:1]
+        close = close or difflib.get_close_matches(path[-1], elsewhere, n=1, cutoff=0.0)
+    return f"; did you mean {close[0]}?"

@@ -1,0 +1,116 @@
+"""The run's folder: what may be started, continued or must not be written over."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qrlora.errors import QrloraError
+from qrlora.formats import atomic_write, read_metadata
+from qrlora.training.checkpoint import (
+    Checkpoint,
+    checkpoint_folders,
+    clear_leftovers,
+    latest_checkpoint,
+    open_checkpoint,
+    remove_folder,
+)
+from qrlora.training.config import TrainConfig
+from qrlora.training.record import check_same_run
+
+RESULT, CONFIG, LOSSES = "adapter.safetensors", "config.yaml", "losses.json"
+
+
+def find_start(config: TrainConfig) -> Checkpoint | None:
+    """The checkpoint to continue from, None to start at step 0; reads only.
+
+    Raises:
+        QrloraError: a new run into a folder that holds another one, without `overwrite`.
+    """
+    output = Path(config.output_dir)
+    if output.exists() and not output.is_dir():
+        raise QrloraError(f"output_dir: {output} is a file; name a folder.")
+    if config.resume == "latest":
+        return latest_checkpoint(output)
+    start = None if config.resume is None else open_checkpoint(Path(config.resume))
+    if (start is None or not start.within(output)) and not config.overwrite:
+        _refuse_occupied(output)
+    return start
+
+
+def _refuse_occupied(output: Path) -> None:
+    if (output / RESULT).exists():
+        what, way = "a finished result", "name another output_dir, or set overwrite: true"
+    elif checkpoint_folders(output):
+        what, way = "checkpoints of an unfinished run", "continue it with resume: latest, or set overwrite: true"
+    else:
+        return
+    raise QrloraError(f"output_dir: {output} holds {what}; {way}.")
+
+
+def finished_losses(config: TrainConfig, record: Mapping[str, Any], start: Checkpoint | None) -> list[float] | None:
+    """The losses of a run that `resume` finds finished, None where there is something to do.
+
+    Raises:
+        QrloraError: the folder holds the result of another run, or of more or fewer steps with nothing to go on from.
+    """
+    result = Path(config.output_dir) / RESULT
+    if config.resume != "latest" or not result.exists():
+        return None
+    try:
+        then = json.loads(read_metadata(result)["qrlora"])["training"]["record"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise QrloraError(
+            f"cannot resume: {result} is not the result of a training run; name another output_dir."
+        ) from error
+    check_same_run(record, then, str(result))
+    if then["max_train_steps"] == config.max_train_steps:
+        return read_losses(result.with_name(LOSSES))
+    if then["max_train_steps"] > config.max_train_steps or start is None:
+        raise QrloraError(
+            f"cannot resume: {result} is finished after {then['max_train_steps']} steps and max_train_steps is "
+            f"{config.max_train_steps}, with no checkpoint to go on from; set overwrite: true to train anew."
+            if start is None
+            else f"cannot resume: {result} already took {then['max_train_steps']} steps, more than max_train_steps="
+            f"{config.max_train_steps}; raise it, or use the checkpoint at the step you want."
+        )
+    return None
+
+
+def prepare_folder(config: TrainConfig, *, fresh: bool) -> Path:
+    """Make the folder, clear what a killed run left behind and, for a fresh run that may overwrite, its checkpoints."""
+    output = Path(config.output_dir)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise QrloraError(f"output_dir: {output} cannot be made: {error.strerror or error}.") from error
+    clear_leftovers(output)
+    if fresh:
+        (output / RESULT).unlink(missing_ok=True)
+        for folder in checkpoint_folders(output):
+            remove_folder(folder)
+    # resume and overwrite are orders, not settings: without them the file can be run again as it is
+    settled = config.model_copy(update={"resume": None, "overwrite": False})
+    atomic_write(output / CONFIG, settled.to_yaml())
+    return output
+
+
+def write_losses(output: Path, losses: list[float], norms: list[float]) -> None:
+    """`losses.json`: the mean loss and the gradient's norm before clipping, one entry an optimiser step."""
+    atomic_write(output / LOSSES, json.dumps({"loss": losses, "grad_norm": norms}))
+
+
+def read_losses(path: Path) -> list[float]:
+    """The losses of a finished run.
+
+    Raises:
+        QrloraError: missing or damaged.
+    """
+    try:
+        losses = [float(loss) for loss in json.loads(path.read_text(encoding="utf-8"))["loss"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise QrloraError(f"{path} cannot be read; set overwrite: true to train anew.") from error
+    if not all(math.isfinite(loss) for loss in losses):
+        raise QrloraError(f"{path} holds losses that are not finite; set overwrite: true to train anew.")
+    return losses

@@ -1,0 +1,73 @@
+"""What makes two runs the same run: compared before resuming, and kept in the result's header."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qrlora.errors import QrloraError
+from qrlora.training.config import TrainConfig
+
+# These change where things are, what is reported or how memory is used, but not one bit of the coefficients. The
+# pictures, captions and base weights are compared by hash instead of by path.
+FREE = frozenset(
+    {
+        "model",
+        "instance_data_dir",
+        "instance_prompt",
+        "output_dir",
+        "overwrite",
+        "device",
+        "gradient_checkpointing",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "resume",
+        "init_from",
+        "validation_prompt",
+        "validation_steps",
+        "num_validation_images",
+        "report_to",
+        "logging_dir",
+        "save_dtype",
+    }
+)
+ORIGIN = "init_from"
+"""Kept for the record, not compared: a resumed run is told nothing of what the first one started from."""
+_STEADY = ("constant", "constant_with_warmup")
+_CULPRITS = {
+    "data": "instance_data_dir (the pictures, masks or captions)",
+    "base": "model (the base weights)",
+    "processes": "the number of processes",
+}
+
+
+def record_of(
+    config: TrainConfig, *, data: str, base: str, processes: int, origin: str | None = None
+) -> dict[str, Any]:
+    """The settings that decide the result, flat, with hashes of data, base weights and the adapter started from."""
+    record: dict[str, Any] = {}
+    for key, value in config.model_dump(mode="json").items():
+        if key == "adapter":
+            record |= {f"adapter.{name}": part for name, part in value.items()}
+        elif key not in FREE:
+            record[key] = value
+    return {**record, "data": data, "base": base, "processes": processes, ORIGIN: origin}
+
+
+def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], where: str) -> None:
+    """Refuse to continue a run under settings that would make it another run.
+
+    More or fewer `max_train_steps` are fine where the learning rate does not depend on them.
+
+    Raises:
+        QrloraError: names the first key that differs, with both values.
+    """
+    # Settings before hashes, some of which follow from settings.
+    for key in sorted(set(now) | set(then), key=lambda key: (key in _CULPRITS, key)):
+        if key == "max_train_steps" and now.get("lr_scheduler") in _STEADY:
+            continue
+        if key != ORIGIN and now.get(key) != then.get(key):
+            shown = _CULPRITS.get(key, key)
+            values = "" if key in ("data", "base") else f" ({then.get(key)!r} then, {now.get(key)!r} now)"
+            raise QrloraError(
+                f"cannot resume from {where}: {shown} differs from that run{values}; restore it, or start a new run in "
+                "another output_dir."
+            )

@@ -1,0 +1,160 @@
+"""A run under way: its steps, and what happens between them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft.helpers import disable_input_dtype_casting
+from torch import Tensor, nn
+
+from qrlora.adapter import save_adapter
+from qrlora.data import Encoded
+from qrlora.errors import QrloraError
+from qrlora.models import LoadedModel
+from qrlora.training.checkpoint import CURVES, prune_checkpoints, save_checkpoint
+from qrlora.training.config import TrainConfig
+from qrlora.training.interrupt import Interrupted, StopRequest
+from qrlora.training.objective import draw, loss_of
+from qrlora.training.optimiser import learning_rates, optimiser_tensors
+from qrlora.training.progress import ProgressReport
+from qrlora.training.setup import ADAPTER_NAME, Place
+from qrlora.training.trackers import Trackers
+from qrlora.training.validation import Validation
+
+OnStep = Callable[[int, int], None]
+
+
+@dataclass
+class Run:
+    """Everything a step needs."""
+
+    config: TrainConfig
+    model: LoadedModel
+    accelerator: Accelerator
+    place: Place
+    output: Path
+    encoded: Encoded
+    table: Tensor
+    wrapped: nn.Module
+    parameters: dict[str, nn.Parameter]
+    optimiser: torch.optim.Optimizer
+    record: dict[str, Any]
+    about: dict[str, Any]
+    curves: Tensor
+    """Loss and gradient norm by step `[2, max_train_steps]`, on the device: reading them would stall it."""
+    validation: Validation | None
+    trackers: Trackers
+    step: int = 0
+    checked: int = 0
+    last_good: Path | None = None
+    rates: Callable[[int], float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rates = learning_rates(self.config)
+
+    def autocast(self) -> torch.autocast:
+        """bf16 arithmetic where it was asked for; the coefficients stay fp32 and are cast as they are used."""
+        return torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.place.autocast)
+
+    @contextmanager
+    def casting(self) -> Iterator[None]:
+        """Under autocast, cast coefficients (small) to bf16; peft left alone casts activations (large) to fp32."""
+        with disable_input_dtype_casting(self.model.denoiser, active=self.place.autocast):
+            yield
+
+    def train_step(self) -> None:
+        """One optimiser step, without waiting for the device."""
+        config, accumulation = self.config, self.config.gradient_accumulation_steps
+        total = torch.zeros((), device=self.place.device)
+        for micro in range(accumulation):
+            drawn = draw(config, self.encoded, self.table, self.step, micro, self.place.process, self.place.processes)
+            syncs = micro == accumulation - 1 or self.place.processes == 1
+            with nullcontext() if syncs else self.accelerator.no_sync(self.wrapped):
+                with self.autocast():
+                    loss = loss_of(self.model.family, self.wrapped, self.encoded, drawn, config.guidance_scale)
+                (loss / accumulation).backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rates(self.step)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        mean: Any = total / accumulation
+        if self.place.processes > 1:
+            mean = self.accelerator.reduce(mean, reduction="mean")
+        self.curves[0, self.step] = mean
+        self.curves[1, self.step] = norm
+        self.step += 1
+
+    def check_finite(self) -> None:
+        """Raise before anything that is not finite reaches a file."""
+        recent = self.curves[:, self.checked : self.step]
+        if not bool(torch.isfinite(recent).all()):
+            bad = self.checked + int((~torch.isfinite(recent).all(dim=0)).nonzero()[0])
+            kept = (
+                f"the last good checkpoint is {self.last_good}" if self.last_good else "no checkpoint was written yet"
+            )
+            raise QrloraError(
+                f"the loss or its gradient was not finite at step {bad}, so the run was stopped; {kept}. Try a lower "
+                f"learning_rate (it is {self.config.learning_rate}), some lr_warmup_steps, or mixed_precision: no."
+            )
+        self.checked = self.step
+
+    def save_adapter(self, path: Path, save_dtype: Any = "fp32") -> Path:
+        """Write the adapter as it is now."""
+        training = {"record": self.record, "captions": self.about["captions"]}
+        return save_adapter(
+            self.model.denoiser,
+            ADAPTER_NAME,
+            path,
+            base_model=self.model.model_id,
+            trigger_words=self.about["trigger_words"],
+            training=training,
+            save_dtype=save_dtype,
+        )
+
+    def checkpoint(self) -> Path:
+        """Save a checkpoint of this step; the main process writes."""
+        self.check_finite()
+        folder = self.output / f"checkpoint-{self.step}"
+        if self.place.main:
+            tensors = {CURVES: self.curves[:, : self.step], **optimiser_tensors(self.optimiser, self.parameters)}
+            save_checkpoint(self.output, self.step, self.record, tensors, self.save_adapter)
+            prune_checkpoints(self.output, self.config.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+        self.last_good = folder
+        return folder
+
+    def note(self) -> str:
+        """The mean loss of the last steps; waits for the device."""
+        return f"loss {float(self.curves[0, max(0, self.step - 20) : self.step].mean()):.4f}"
+
+    def after_step(self, report: ProgressReport, stop: StopRequest, on_step: OnStep | None) -> None:
+        """Everything that happens now and then."""
+        config, last = self.config, self.step == self.config.max_train_steps
+        if self.place.device.type == "cpu" or self.step % 10 == 0 or last:
+            self.check_finite()
+        if self.step % config.checkpointing_steps == 0:
+            self.checkpoint()
+        if self.validation is not None and self.place.main and (self.step % config.validation_steps == 0 or last):
+            with self.autocast():
+                pictures = self.validation.run(self.model, self.step)
+            self.trackers.pictures(pictures, self.step)
+        if self.place.main and report.due(self.step):
+            report.show(self.step, self.note())
+        if self.trackers.due(self.step) or last:
+            self.trackers.curves(self.curves, self.step, self.rates)
+        if on_step is not None:
+            on_step(self.step, config.max_train_steps)
+        if self._asked_to_stop(stop) and not last:
+            raise Interrupted(self.step, self.checkpoint(), stop.signal_number or 2)
+
+    def _asked_to_stop(self, stop: StopRequest) -> bool:
+        if self.place.processes == 1:
+            return bool(stop.signal_number)
+        asked: Any = self.accelerator.reduce(torch.tensor(float(stop.signal_number), device=self.place.device))
+        return bool(asked > 0)

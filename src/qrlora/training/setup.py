@@ -1,0 +1,237 @@
+"""From a configuration to a model with a trainable adapter and cached inputs."""
+
+import hashlib
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from qrlora.adapter import (
+    BasisCache,
+    add_adapter,
+    attach_adapter,
+    remove_adapter,
+    set_adapters,
+    trainable_parameters,
+)
+from qrlora.data import Encoded, Example, encode_examples
+from qrlora.errors import QrloraError, QrloraWarning
+from qrlora.formats import Adapter, read_adapter
+from qrlora.models import LoadedModel, load_pipeline
+from qrlora.training.checkpoint import CURVES, Checkpoint
+from qrlora.training.config import TrainConfig
+from qrlora.training.optimiser import load_optimiser_tensors
+from qrlora.training.progress import ProgressReport
+
+ADAPTER_NAME = "being_trained"
+_TRIGGER = re.compile(r"<[^<>\s]+>")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how this process computes."""
+
+    device: torch.device
+    autocast: bool
+    process: int
+    processes: int
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files."""
+        return self.process == 0
+
+
+def choose_device(config: TrainConfig, loaded: LoadedModel | None, accelerator: Accelerator) -> torch.device:
+    """`config.device`, else where a given model already is, else accelerate's choice."""
+    if config.device is not None:
+        try:
+            return torch.empty(0, device=config.device).device
+        except (RuntimeError, AssertionError) as error:
+            raise QrloraError(f"device={config.device} is not to be had here; try device: cpu.") from error
+    if loaded is not None and accelerator.num_processes == 1:
+        return torch.device(loaded.denoiser.device)
+    return accelerator.device
+
+
+def load_model(
+    config: TrainConfig, loaded: LoadedModel | None, device: torch.device
+) -> tuple[LoadedModel, TrainConfig]:
+    """The model, in the base's dtype, and the configuration with nothing left open."""
+    if loaded is None:
+        precision = config.mixed_precision or ("bf16" if device.type == "cuda" else "no")
+        # On the CPU first: encoders and denoiser take turns on the device.
+        loaded = load_pipeline(
+            config.model or _embedded(), dtype=torch.bfloat16 if precision == "bf16" else torch.float32
+        )
+    else:
+        precision = "bf16" if loaded.denoiser.dtype == torch.bfloat16 else "no"
+    config = config.with_defaults(loaded.training)
+    precision = config.mixed_precision or precision
+    resolution = config.resolution or loaded.defaults.height
+    multiple = loaded.family.latent_multiple(loaded.pipeline)
+    if resolution % multiple:
+        raise QrloraError(f"resolution={resolution} must be a multiple of {multiple} for {loaded.model_id}.")
+    return loaded, config.model_copy(update={"mixed_precision": precision, "resolution": resolution})
+
+
+def _embedded() -> str:
+    from qrlora import starter
+
+    return str(starter.path())
+
+
+def encode(config: TrainConfig, model: LoadedModel, examples: list[Example], device: torch.device) -> Encoded:
+    """The cached inputs, with the encoders moved to `device` for the purpose."""
+    for name in model.family.text_components + model.family.picture_components:
+        getattr(model.pipeline, name).to(device)
+    return encode_examples(
+        examples,
+        model.family,
+        model.pipeline,
+        max_sequence_length=model.defaults.max_sequence_length,
+        random_flip=config.random_flip,
+        use_masks=config.mask_loss,
+    )
+
+
+@contextmanager
+def borrowed(model: LoadedModel, *, give_back: bool) -> Iterator[None]:
+    """Afterwards, a caller's model is as it was: no adapter of ours, encoders and device restored."""
+    device = model.denoiser.device
+    active = model.denoiser.active_adapters() if getattr(model.denoiser, "peft_config", None) else []
+    try:
+        yield
+    finally:
+        denoiser = model.denoiser
+        denoiser.disable_gradient_checkpointing()
+        if ADAPTER_NAME in (getattr(denoiser, "peft_config", None) or {}):
+            remove_adapter(denoiser, ADAPTER_NAME)
+        if active:
+            denoiser.set_adapter(active)
+        if give_back:
+            denoiser.to(device)
+            model.restore_encoders(device)
+
+
+def prepare_adapter(
+    config: TrainConfig, denoiser: nn.Module, start: Checkpoint | None, cache: BasisCache | None, progress: bool
+) -> dict[str, nn.Parameter]:
+    """Put the adapter on the denoiser, alone active, and return what is trained.
+
+    A resumed run takes the stored basis rather than a recomputed one, which may differ in its last bits.
+    """
+    if start is not None:
+        attach_adapter(denoiser, read_adapter(start.adapter), ADAPTER_NAME, trainable=True, spec=config.adapter)
+    elif config.init_from is not None:
+        _attach_initial(config, denoiser, config.init_from)
+    else:
+        _add_new(config, denoiser, cache, progress)
+    set_adapters(denoiser, {ADAPTER_NAME: 1.0})
+    return trainable_parameters(denoiser, ADAPTER_NAME)
+
+
+def _add_new(config: TrainConfig, denoiser: nn.Module, cache: BasisCache | None, progress: bool) -> None:
+    report: ProgressReport | None = None
+
+    def advance(done: int, total: int) -> None:
+        nonlocal report
+        report = report or ProgressReport("basis", total, shown=progress).start()
+        if report.due(done) and (report.on_terminal or report.slow):
+            report.show(done)
+
+    try:
+        add_adapter(denoiser, config.adapter, ADAPTER_NAME, cache=cache, progress=advance)
+    finally:
+        if report is not None:
+            report.close()
+
+
+def _attach_initial(config: TrainConfig, denoiser: nn.Module, path: str) -> None:
+    adapter, spec = read_adapter(path), config.adapter
+    ranks = {pair.rank for pair in adapter.layers.values()}
+    if ranks != {spec.rank}:
+        raise QrloraError(
+            f"init_from: {path} has rank {', '.join(map(str, sorted(ranks)))}, but adapter.rank is {spec.rank}; make "
+            "them equal."
+        )
+    if adapter.header is not None and not spec.plain and adapter.header.mask != spec.mask:
+        raise QrloraError(
+            f"init_from: {path} has mask {adapter.header.mask!r}, but adapter.mask is {spec.mask!r}; make them equal."
+        )
+    attach_adapter(denoiser, adapter, ADAPTER_NAME, trainable=True, spec=spec)
+
+
+def file_hash(path: str | None) -> str | None:
+    """sha256 of an adapter file (or of the files of a peft folder), None for None."""
+    if path is None:
+        return None
+    digest = hashlib.sha256()
+    found = Path(path)
+    for file in sorted(found.iterdir()) if found.is_dir() else [found]:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def restore(
+    start: Checkpoint, optimiser: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], curves: torch.Tensor
+) -> None:
+    """Coefficients, optimiser states and curves as they were at the checkpoint.
+
+    Raises:
+        QrloraError: the checkpoint holds other parameters than this model's adapter.
+    """
+    if start.torch_version != torch.__version__:
+        warnings.warn(
+            f"{start.folder} was written under torch {start.torch_version}, this is {torch.__version__}: the run goes "
+            "on, but not bit for bit.",
+            QrloraWarning,
+            stacklevel=2,
+        )
+    tensors = start.tensors()
+    past = tensors.pop(CURVES)
+    stored = {key.partition("/")[2] for key in tensors}
+    if stored != set(parameters):
+        odd = sorted(stored ^ set(parameters))[0]
+        raise QrloraError(f"{start.folder} does not fit this adapter: {odd} is in one of them only.")
+    load_optimiser_tensors(optimiser, parameters, tensors)
+    curves[:, : start.step] = past.to(curves.device)
+
+
+def trained_size(adapter: Adapter) -> int:
+    """How many coefficients an adapter trains: the trained factor within its mask, or all of a plain LoRA."""
+    header = adapter.header
+    if header is None or header.side is None:
+        return sum(pair.A.numel() + pair.B.numel() for pair in adapter.layers.values())
+    factors = [
+        pair.A.flatten(1) if header.side == "output" else pair.B.flatten(1).T for pair in adapter.layers.values()
+    ]
+    masked = sum(len(factor) * (len(factor) - 1) // 2 for factor in factors) if header.mask == "upper" else 0
+    return sum(factor.numel() for factor in factors) - masked
+
+
+def trigger_words(examples: list[Example]) -> list[str]:
+    """The `<...>` tokens of the captions, in order of appearance."""
+    return list(dict.fromkeys(word for example in examples for word in _TRIGGER.findall(example.caption)))
+
+
+def captions_of(examples: list[Example], limit: int = 20) -> list[str]:
+    """The first distinct captions, for the result's header."""
+    return list(dict.fromkeys(example.caption for example in examples))[:limit]
+
+
+def plain_settings(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as trackers take it: flat, numbers and strings only."""
+    flat: dict[str, Any] = {}
+    for key, value in config.model_dump(mode="json").items():
+        for name, part in value.items() if isinstance(value, dict) else (("", value),):
+            flat[f"{key}.{name}" if name else key] = part if isinstance(part, bool | int | float) else str(part)
+    return flat

@@ -1,0 +1,33 @@
+"""Shared fixtures. Nothing here or in any test needs the network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of the hub's client
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers.utils import logging as transformers_logging
+
+from tests.tiny_pipelines import save_flux
+
+transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_basis_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the user's cache of bases out of the tests, and the tests out of it."""
+    before = os.environ.get("QRLORA_CACHE")
+    os.environ["QRLORA_CACHE"] = str(tmp_path_factory.mktemp("bases"))
+    yield
+    if before is None:
+        del os.environ["QRLORA_CACHE"]
+    else:
+        os.environ["QRLORA_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny FluxPipeline; read only."""
+    return save_flux(tmp_path_factory.mktemp("models") / "tiny-flux")

@@ -1,0 +1,47 @@
+"""The peft folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qrlora.errors import QrloraError
+from qrlora.formats import Adapter, Component, read_adapter, write_peft_folder
+from tests.adapters_of_data import made
+
+
+@pytest.mark.parametrize("component", ["transformer", "unet"])
+@pytest.mark.parametrize("header", [True, False])
+def test_what_is_written_is_read_back(tmp_path: Path, component: Component, header: bool) -> None:
+    adapter = Adapter(made().layers, made().header if header else None, component)
+    back = read_adapter(write_peft_folder(adapter, tmp_path / "folder"))
+    assert back.header == adapter.header
+    assert back.component == component
+    for layer, pair in adapter.layers.items():
+        assert torch.equal(back.layers[layer].delta(), pair.delta())
+
+
+def test_the_configuration_is_plain(tmp_path: Path) -> None:
+    config = json.loads((write_peft_folder(made(), tmp_path) / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert config["init_lora_weights"] is True
+    assert config["r"] == config["lora_alpha"] == 3
+
+
+def test_refusals(tmp_path: Path) -> None:
+    folder = write_peft_folder(made(), tmp_path / "folder")
+    config = folder / "adapter_config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"LORA"', '"LOHA"'))
+    with pytest.raises(QrloraError, match="LOHA"):
+        read_adapter(folder)
+    config.write_text(text[:-20])
+    with pytest.raises(QrloraError, match="not JSON"):
+        read_adapter(folder)
+    config.write_text(text)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(QrloraError, match="does not exist"):
+        read_adapter(folder)
+    with pytest.raises(QrloraError, match="is a file"):
+        write_peft_folder(made(), config)

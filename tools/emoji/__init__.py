@@ -1,0 +1,1 @@
+"""The emoji data set: the same contents drawn in many styles."""

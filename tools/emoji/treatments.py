@@ -1,0 +1,225 @@
+"""Procedural styles: deterministic changes of a uint8 picture [H, W, 3], each with its words for the caption."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+Picture = np.ndarray
+Colour = tuple[int, int, int]
+
+WHITE_STEP = 24
+SEPIA: tuple[Colour, ...] = ((46, 26, 14), (112, 66, 34), (178, 122, 70), (222, 184, 128), (250, 236, 208))
+SKY: Colour = (92, 156, 232)
+PURPLE: Colour = (58, 12, 110)
+YELLOW: Colour = (255, 222, 60)
+RED: Colour = (214, 24, 40)
+CYAN: Colour = (170, 244, 250)
+PAPER: Colour = (236, 222, 192)
+LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """A treatment, what a caption calls it, and whether the base model may see it."""
+
+    name: str
+    words: str
+    role: Literal["train", "held-out"]
+    apply: Callable[[Picture], Picture]
+
+
+def grey(picture: Picture) -> np.ndarray:
+    """Brightness in 0..1, float32 [H, W]."""
+    return picture.astype(np.float32) @ LUMA / 255.0
+
+
+def to_bytes(values: np.ndarray) -> Picture:
+    """Values in 0..1, [H, W] or [H, W, 3], as a uint8 picture."""
+    picture = np.clip(np.rint(values * 255.0), 0, 255).astype(np.uint8)
+    return np.repeat(picture[..., None], 3, axis=2) if picture.ndim == 2 else picture
+
+
+def unit(size: int) -> int:
+    """A length of one pixel at 64, in proportion at other sizes."""
+    return max(1, round(size / 64))
+
+
+def blur(values: np.ndarray, radius: float) -> np.ndarray:
+    """Gaussian blur of values in 0..1, [H, W]."""
+    image = Image.fromarray(np.rint(values * 255.0).astype(np.uint8))
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(radius)), dtype=np.float32) / 255.0
+
+
+def edges(picture: Picture) -> np.ndarray:
+    """Largest Sobel gradient over the channels, 0 and up, float32 [H, W]."""
+    values = np.pad(picture.astype(np.float32) / 255.0, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    down = values[:-2] - values[2:]
+    right = values[:, :-2] - values[:, 2:]
+    vertical = down[:, :-2] + 2 * down[:, 1:-1] + down[:, 2:]
+    horizontal = right[:-2] + 2 * right[1:-1] + right[2:]
+    return np.hypot(vertical, horizontal).max(axis=2)
+
+
+def figure(picture: Picture) -> np.ndarray:
+    """Mask of what is drawn: all that the white border does not reach, bool [H, W]."""
+    white = np.pad(picture.min(axis=2) >= 255 - WHITE_STEP, 1, constant_values=True)
+    reached = np.zeros_like(white)
+    reached[0] = reached[-1] = reached[:, 0] = reached[:, -1] = True
+    while True:
+        grown = reached.copy()
+        grown[1:] |= reached[:-1]
+        grown[:-1] |= reached[1:]
+        grown[:, 1:] |= reached[:, :-1]
+        grown[:, :-1] |= reached[:, 1:]
+        grown &= white
+        if np.array_equal(grown, reached):
+            return ~reached[1:-1, 1:-1]
+        reached = grown
+
+
+def dilate(mask: np.ndarray, radius: int) -> np.ndarray:
+    """A mask grown by a disc."""
+    height, width = mask.shape
+    padded = np.pad(mask, radius)
+    grown = np.zeros_like(mask)
+    for y in range(-radius, radius + 1):
+        for x in range(-radius, radius + 1):
+            if x * x + y * y <= radius * radius + 1:
+                grown |= padded[radius + y : radius + y + height, radius + x : radius + x + width]
+    return grown
+
+
+def ramp(values: np.ndarray, dark: Colour, light: Colour) -> Picture:
+    """Brightness mapped from one colour to another."""
+    low, high = np.array(dark, dtype=np.float32), np.array(light, dtype=np.float32)
+    return np.rint(low + np.clip(values, 0, 1)[..., None] * (high - low)).astype(np.uint8)
+
+
+def paper(size: int, strength: float) -> np.ndarray:
+    """Fixed grain around 1, float32 [size, size]."""
+    noise = np.random.default_rng(7).standard_normal((size, size)).astype(np.float32)
+    coarse = blur(np.clip(0.5 + noise / 6, 0, 1), 0.7 * unit(size)) - 0.5
+    return 1.0 + strength * coarse / max(float(coarse.std()), 1e-6)
+
+
+def line_drawing(picture: Picture) -> Picture:
+    """Dark lines along the edges, on white."""
+    strength = np.clip((edges(picture) - 0.35) / 1.2, 0, 1)
+    return to_bytes(1.0 - strength)
+
+
+def sepia(picture: Picture) -> Picture:
+    """Brightness in five steps of brown."""
+    steps = np.minimum((grey(picture) * len(SEPIA)).astype(int), len(SEPIA) - 1)
+    return np.array(SEPIA, dtype=np.uint8)[steps]
+
+
+def inverted(picture: Picture) -> Picture:
+    """The negative."""
+    return 255 - picture
+
+
+def halftone(picture: Picture) -> Picture:
+    """Black dots on white, larger where it is darker."""
+    size = picture.shape[0]
+    cell = 4 * unit(size)
+    y, x = np.mgrid[: picture.shape[0], : picture.shape[1]].astype(np.float32)
+    u, v = (x + y) * np.pi / cell / np.sqrt(2), (x - y) * np.pi / cell / np.sqrt(2)
+    screen = 0.5 + 0.25 * (np.cos(2 * u) + np.cos(2 * v))
+    dark = 1.0 - blur(grey(picture), 0.6 * unit(size))
+    return to_bytes(np.clip(0.5 + (screen + 0.15 - 1.35 * dark) * 4.0, 0, 1))
+
+
+def embossed(picture: Picture) -> Picture:
+    """A grey relief lit from the upper left."""
+    step = unit(picture.shape[0])
+    values = np.pad(grey(picture), step, mode="edge")
+    return to_bytes(0.55 + 1.2 * (values[2 * step :, 2 * step :] - values[: -2 * step, : -2 * step]))
+
+
+def pixelated(picture: Picture) -> Picture:
+    """Square blocks, sixteen on a side."""
+    height, width = picture.shape[:2]
+    small = Image.fromarray(picture).resize((16, 16), Image.Resampling.BOX)
+    return np.asarray(small.resize((width, height), Image.Resampling.NEAREST))
+
+
+def blue_background(picture: Picture) -> Picture:
+    """The same drawing on blue paper: the ground around the figure is replaced, its soft rim multiplied."""
+    inside = figure(picture)
+    near = dilate(~inside, unit(picture.shape[0]))
+    tinted = np.rint(picture.astype(np.float32) * np.array(SKY, dtype=np.float32) / 255.0).astype(np.uint8)
+    return np.where((near & (picture.min(axis=2) > 128))[..., None], tinted, picture)
+
+
+def duotone(picture: Picture) -> Picture:
+    """Purple shadows and yellow lights."""
+    return ramp(grey(picture), PURPLE, YELLOW)
+
+
+def pencil(picture: Picture) -> Picture:
+    """Diagonal pencil strokes, crossed where it is darker, with faint outlines."""
+    size = picture.shape[0]
+    y, x = np.mgrid[: picture.shape[0], : picture.shape[1]]
+    period = 4 * unit(size)
+    dark = 1.0 - blur(grey(picture), 0.5 * unit(size))
+    first = ((x + y) % period < period / 2) & (dark > 0.12)
+    second = ((x - y) % period < period / 2) & (dark > 0.5)
+    strokes = 0.45 * first + 0.35 * second
+    outline = 0.8 * np.clip((edges(picture) - 0.4) / 1.2, 0, 1)
+    return to_bytes((1.0 - np.clip(np.maximum(strokes, outline), 0, 0.9)) * paper(size, 0.02))
+
+
+def paper_shadow(picture: Picture) -> Picture:
+    """Lying on grained beige paper, with a drop shadow to the lower right."""
+    size, shift = picture.shape[0], 4 * unit(picture.shape[0])
+    inside = figure(picture)
+    solid = blur(inside.astype(np.float32), 0.5 * unit(size)) * inside
+    moved = np.zeros_like(solid)
+    moved[shift:, shift:] = inside[:-shift, :-shift]
+    shade = 1.0 - 0.6 * blur(moved, 1.5 * unit(size))
+    ground = np.array(PAPER, dtype=np.float32) / 255.0 * (paper(size, 0.05) * shade)[..., None]
+    return to_bytes(ground + solid[..., None] * (picture.astype(np.float32) / 255.0 - ground))
+
+
+def thick_outline(picture: Picture) -> Picture:
+    """A thick black contour around the figure."""
+    inside = figure(picture)
+    step = unit(picture.shape[0])
+    rim = dilate(inside, 3 * step) & dilate(~inside, step)
+    return np.where(rim[..., None], np.uint8(0), picture)
+
+
+def red_cyan(picture: Picture) -> Picture:
+    """Red shadows and cyan lights."""
+    return ramp(grey(picture), RED, CYAN)
+
+
+TREATMENTS: dict[str, Treatment] = {
+    treatment.name: treatment
+    for treatment in (
+        Treatment("line-drawing", "as a line drawing", "train", line_drawing),
+        Treatment("sepia", "in sepia tones", "train", sepia),
+        Treatment("inverted", "in inverted colours", "train", inverted),
+        Treatment("halftone", "as a halftone print", "train", halftone),
+        Treatment("embossed", "as an embossed relief", "train", embossed),
+        Treatment("pixelated", "as pixel art", "train", pixelated),
+        Treatment("blue-background", "on a blue background", "train", blue_background),
+        Treatment("duotone", "in purple and yellow", "train", duotone),
+        Treatment("pencil", "in pencil hatching", "held-out", pencil),
+        Treatment("paper-shadow", "on paper with a shadow", "held-out", paper_shadow),
+        Treatment("thick-outline", "with a thick outline", "held-out", thick_outline),
+        Treatment("red-cyan", "in red and cyan", "held-out", red_cyan),
+    )
+}
+TRAIN_TREATMENTS: tuple[str, ...] = tuple(name for name, one in TREATMENTS.items() if one.role == "train")
+HELD_OUT_TREATMENTS: tuple[str, ...] = tuple(name for name, one in TREATMENTS.items() if one.role == "held-out")
+
+
+def caption(name: str, style: str, treatment: str | None = None) -> str:
+    """Caption of a picture: `red apple emoji in noto style, as a line drawing`."""
+    words = f", {TREATMENTS[treatment].words}" if treatment else ""
+    return f"{name} emoji in {style} style{words}"
