@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         remove_adapter,
         save_adapter,
         set_adapters,
+        trainable_parameters,
     )
     from qrlora.formats import Adapter
     from qrlora.merging import merge
@@ -45,6 +46,7 @@ _HOMES = {
     "save_adapter": "qrlora.adapter",
     "set_adapters": "qrlora.adapter",
     "train": "qrlora.training",
+    "trainable_parameters": "qrlora.adapter",
 }
 
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "save_adapter",
     "set_adapters",
     "train",
+    "trainable_parameters",
 ]
 
 

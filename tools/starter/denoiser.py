@@ -4,12 +4,14 @@
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from tools.emoji.dataset import Emoji
@@ -170,7 +172,7 @@ def main() -> None:
         noise = torch.randn(args.batch, 16, 64, generator=random)
         sigmas = draw_sigmas(args.batch, random)
         level = sigmas[:, None, None]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # flash backward is slow on a CPU
             velocity = forward((1 - level) * latents[index] + level * noise, sigmas, clip_ids, t5_ids)
         return (velocity.float() - (noise - latents[index])).square().mean()
 
@@ -181,6 +183,14 @@ def main() -> None:
             getattr(averaged, part).save_pretrained(args.output / "model" / part)
         vae.save_pretrained(args.output / "model" / "vae")
         save_tokenizers(args.output / "model", clip, t5)
+        facts = {
+            "steps": step,
+            "batch": args.batch,
+            "contents": len(data.keys),
+            "variants": 1 + len(data.treatments),
+            "treatments": len(data.treatments),
+        }
+        (args.output / "model" / "run.json").write_text(json.dumps(facts), encoding="utf-8")
 
     run.go(step_loss, keep)
 

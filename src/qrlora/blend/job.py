@@ -90,11 +90,11 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
     for role in ROLES:
         _say(progress, f"{role}: {parts[role].source}")
         with clock.phase(role):
-            trained[role] = train_part(config, parts[role], model, progress=progress)
+            trained[role] = train_part(parts[role], model, progress=progress)
     with clock.phase("merge"):
-        adapters = {role: _single(config, parts[role]) for role in ROLES}
+        adapters: dict[Role, Adapter] = {role: _single(config, parts[role]) for role in ROLES}
         merged, note = _merge(config, adapters)
-        files = {role: output / f"{role}.safetensors" for role in ROLES}
+        files: dict[Role, Path] = {role: output / f"{role}.safetensors" for role in ROLES}
         for role in ROLES:
             _write_role(parts[role], adapters[role], files[role])
         merged_file = merged.save(output / "merged.safetensors")
@@ -211,7 +211,7 @@ def _draw(config: BlendConfig, painter: Painter, parts: dict[Role, Part], prompt
     def cell(role: Role) -> Cell:
         text = parts[role].prompt or prompt
         weights = (1.0, 0.0) if role == "content" else (0.0, 1.0)
-        return Cell(paint(role, text, *weights), f"{role} adapter alone", f'"{text}"')
+        return Cell(paint(role, text, *weights), f"{role} alone", f'"{text}"')
 
     grid = Grid(
         pictures=[
@@ -221,7 +221,7 @@ def _draw(config: BlendConfig, painter: Painter, parts: dict[Role, Part], prompt
         column_labels=[f"{weight:g}" for weight in config.style_weights],
         row_title="content weight",
         column_title="style weight",
-        heading=f'merge: "{prompt}"',
+        heading="merge",
     )
     cells = [
         [Cell(parts[role].reference, f"{role} reference", parts[role].caption) for role in ROLES],

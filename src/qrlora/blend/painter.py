@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from qrlora import __version__
 from qrlora.adapter import (
     adapters_disabled,
     attach_adapter,
@@ -27,7 +28,7 @@ from qrlora.formats import Adapter, read_adapter, read_coefficients, read_metada
 from qrlora.formats._coefficients import is_coefficients
 from qrlora.models import GenerationDefaults, LoadedModel
 
-_LIBRARIES = ("qrlora", "torch", "diffusers", "transformers", "peft")
+_LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 
 def choose_place(device: str | None) -> tuple[torch.device, torch.dtype]:
@@ -47,7 +48,7 @@ def choose_place(device: str | None) -> tuple[torch.device, torch.dtype]:
 
 def library_versions() -> dict[str, str]:
     """Versions of what a picture depends on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
+    return {"qrlora": __version__, "python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class Part:
         reference: the first picture, for the sheet.
         caption: what stands under the reference.
         files: its adapter files; known after training.
+        training: how to train it; None where adapters are given.
         steps: optimiser steps its training took; 0 where it was given.
     """
 
@@ -42,6 +43,7 @@ class Part:
     reference: Image.Image | None = None
     caption: str = ""
     files: list[Path] = field(default_factory=list[Path])
+    training: TrainConfig | None = None
     steps: int = 0
 
 
@@ -60,7 +62,11 @@ def plan_parts(config: BlendConfig) -> tuple[dict[Role, Part], str]:
     prompt = starter.samples().prompt if config.prompt is None and len(bundled) == len(ROLES) else config.prompt
     if not prompt:
         raise QrloraError('what is the merge to show? Give --prompt, such as "a <c> dog in <s> style".')
-    return {role: _plan(config, role) for role in ROLES}, prompt
+    parts: dict[Role, Part] = {role: _plan(config, role) for role in ROLES}
+    for part in parts.values():
+        if part.data is not None:
+            part.training = _train_config(config, part)
+    return parts, prompt
 
 
 def _plan(config: BlendConfig, role: Role) -> Part:
@@ -103,11 +109,11 @@ def _caption_of(adapter: Adapter) -> str | None:
     return str(captions[0]) if captions else None
 
 
-def train_part(config: BlendConfig, part: Part, model: LoadedModel, *, progress: bool) -> TrainResult | None:
+def train_part(part: Part, model: LoadedModel, *, progress: bool) -> TrainResult | None:
     """Train the adapter of a role; None where it was given."""
-    if part.data is None:
+    if part.training is None:
         return None
-    result = train(_train_config(config, part), loaded=model, progress=progress)
+    result = train(part.training, loaded=model, progress=progress)
     part.files, part.steps = [result.path], result.config.max_train_steps
     return result
 

@@ -94,7 +94,7 @@ def _stages(
         found[role] = {checkpoint.step: checkpoint.adapter for checkpoint in opened}
     common = sorted(set.intersection(*(set(steps) for steps in found.values())))
     common = [step for step in common if any(step < parts[role].steps for role in trained)]
-    stages = {
-        str(step): {role: found[role][step] if role in found else files[role] for role in ROLES} for step in common
-    }
+    stages: dict[str, dict[Role, Path]] = {}
+    for step in common:
+        stages[str(step)] = {role: found[role][step] if role in found else files[role] for role in ROLES}
     return {**stages, "end": dict(files)}

@@ -1,5 +1,5 @@
 """The command line: `qrlora VERB ...`, one thin file a verb."""
 
-from qrlora.cli.main import main
+from qrlora.cli._main import main
 
 __all__ = ["main"]

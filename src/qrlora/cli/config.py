@@ -127,7 +127,9 @@ def _comments(cls: type[BaseModel]) -> dict[str, str]:
     body = ast.parse(dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
     for statement, after in zip(body.body, body.body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                found[statement.target.id] = inspect.cleandoc(str(after.value.value))
+        match statement, after:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[name] = inspect.cleandoc(text)
+            case _:
+                pass
     return {name: " ".join(text.split()) for name, text in found.items()}

@@ -19,7 +19,7 @@ class MergeOptions(BaseModel):
     """Adapter files or peft folders."""
     output: Path
     """The merged file, ending in .safetensors; or a folder, for a peft folder."""
-    weights: tuple[float, ...] | None = None
+    weights: tuple[float, ...] = ()
     """One an adapter; all 1 where not given."""
     method: str = "auto"
     """auto (sum on one stored basis, else concat), sum, concat..."""
@@ -35,7 +35,7 @@ def run(arguments: Sequence[str]) -> None:
     from qrlora.formats import read_adapter, write_peft_folder
     from qrlora.merging import merge
 
-    merged = merge([read_adapter(path) for path in options.adapters], options.weights, options.method)
+    merged = merge([read_adapter(path) for path in options.adapters], options.weights or None, options.method)
     if options.output.suffix == ".safetensors":
         merged.save(options.output, save_dtype=options.save_dtype)
     else:

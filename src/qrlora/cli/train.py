@@ -26,10 +26,7 @@ def run(arguments: Sequence[str]) -> None:
     file, overrides = split_arguments(arguments)
     from qrlora.training import TrainConfig, train
 
-    if file is None:
-        config = TrainConfig.parse(overrides, "the options")
-    else:
-        config = TrainConfig.from_yaml(file, overrides)
+    config = TrainConfig.parse(overrides, "the options") if file is None else TrainConfig.from_yaml(file, overrides)
     result = train(config)
     losses = result.losses[-20:]
     say(f"{len(result.losses)} steps in {result.seconds:.0f} s, last loss {sum(losses) / len(losses):.4f}")

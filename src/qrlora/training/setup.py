@@ -83,9 +83,9 @@ def load_model(
 
 
 def _embedded() -> str:
-    from qrlora import starter
+    from qrlora.starter import path
 
-    return str(starter.path())
+    return str(path())
 
 
 def encode(config: TrainConfig, model: LoadedModel, examples: list[Example], device: torch.device) -> Encoded:

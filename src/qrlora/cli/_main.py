@@ -40,17 +40,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"qrlora {__version__}")
         return 0
     _quiet_libraries()
-    warnings.showwarning = _show_warning
     try:
-        if given[0] not in VERBS:
-            raise QrloraError(_unknown_verb(given[0]))
-        import_module(f"qrlora.cli.{given[0]}").run(given[1:])
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            _run_verb(given[0], given[1:])
     except QrloraError as error:
         print(f"qrlora: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("qrlora: stopped.", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone (`qrlora inspect FILE | head`); nothing is left to say, nor to flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
         # Raised by a training that could still save; importing its class here would cost every start two seconds.
         code = getattr(error, "exit_code", None)
@@ -59,6 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"qrlora: {error}", file=sys.stderr)
         return int(code)
     return 0
+
+
+def _run_verb(verb: str, arguments: list[str]) -> None:
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(VERBS)}."
+        raise QrloraError(f"unknown verb {verb!r}; {hint}")
+    import_module(f"qrlora.cli.{verb}").run(arguments)
 
 
 def _quiet_libraries() -> None:
@@ -100,9 +111,3 @@ def _usage() -> str:
             "qrlora VERB --help shows a verb's options. First try: qrlora blend --output demo",
         ]
     )
-
-
-def _unknown_verb(verb: str) -> str:
-    close = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(VERBS)}."
-    return f"unknown verb {verb!r}; {hint}"

@@ -1,0 +1,7 @@
+"""`python -m qrlora` is `qrlora`."""
+
+import sys
+
+from qrlora.cli import main
+
+sys.exit(main())

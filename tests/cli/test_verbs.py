@@ -1,0 +1,143 @@
+"""Each verb does its work."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image, ImageChops
+
+from qrlora.formats import read_adapter
+from qrlora.training import TrainConfig
+from tests.cli.conftest import Run
+
+
+def test_blend(run: Run, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = (
+        "blend --content dog.png --content-prompt a_<c>_dog --style ink.png --style-prompt a_cat_in_<s> "
+        "--prompt a_<c>_dog_in_<s> --max-train-steps 1 --content-weights 1 --style-weights 0.5 1 --output out"
+    )
+    assert run(line) == 0
+    said = capsys.readouterr()
+    assert said.out.split() == [
+        f"out/{name}"
+        for name in ("blend.png", "content.safetensors", "style.safetensors", "merged.safetensors", "report.json")
+    ]
+    assert "done (load" in said.err
+    assert run(line) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert run(f"{line} --overwrite") == 0
+
+
+def test_train_takes_a_file_and_options_above_it(run: Run, desk: Path) -> None:
+    Path("c.yaml").write_text("instance_data_dir: dog.png\noutput_dir: a\nmax_train_steps: 9\nadapter: {rank: 3}\n")
+    assert run("train c.yaml --max_train_steps 1 --instance-prompt=a_<c> --adapter.basis svd --random-flip") == 0
+    config = TrainConfig.from_yaml(desk / "a" / "config.yaml")
+    assert (config.max_train_steps, config.instance_prompt, config.random_flip) == (1, "a <c>", True)
+    assert (config.adapter.rank, config.adapter.basis) == (3, "svd")
+
+
+def test_train_again_needs_overwrite(run: Run, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = adapter.read_bytes()
+    line = "train --instance-data-dir dog.png --instance-prompt a_<c>_dog --output-dir dog --max-train-steps 1"
+    assert run(line) == 2
+    assert adapter.read_bytes() == before
+    assert run(f"{line} --overwrite") == 0
+
+
+def test_merge(run: Run, adapter: Path, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("merge dog/adapter.safetensors dog/adapter.safetensors --weights 0.9 -0.4 --output m.safetensors") == 0
+    assert "merged by sum: rank 4" in capsys.readouterr().err
+    one, both = read_adapter(adapter), read_adapter(desk / "m.safetensors")
+    for name, pair in both.layers.items():
+        torch.testing.assert_close(pair.delta(), 0.5 * one.layers[name].delta())
+    assert run("merge dog/adapter.safetensors --output folder") == 0
+    assert (desk / "folder" / "adapter_config.json").is_file()
+    assert run("merge dog/adapter.safetensors --output m.safetensors") == 2
+
+
+def test_generate_and_repeat(run: Run, adapter: Path, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--adapter dog/adapter.safetensors=0.9 --adapter dog/adapter.safetensors"
+    assert run(f"generate --prompt a_<c>_dog {words} --seed 5 --num-inference-steps 3 --output a/x.png") == 0
+    assert run("generate --from a/x.png --output b/y.png") == 0
+    assert "identical" in capsys.readouterr().err
+    with Image.open("a/x.png") as one, Image.open("b/y.png") as two:
+        assert ImageChops.difference(one, two).getbbox() is None
+    assert run("generate --prompt a_<c>_dog --num-images 2 --seed 4 --output n.png") == 0
+    assert {path.name for path in desk.glob("n-*.png")} == {"n-0.png", "n-1.png"}
+
+
+def test_repeat_is_refused_when_its_parts_have_changed(
+    run: Run, adapter: Path, desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("generate --prompt a_<c>_dog --adapter dog/adapter.safetensors --output x.png") == 0
+    read_adapter(adapter).scaled(2.0).save(adapter)
+    assert run("generate --from x.png --output y.png") == 2
+    assert "has changed since" in capsys.readouterr().err
+    assert run("generate --from x.png --output x.png --overwrite") == 2
+    assert not (desk / "y.png").exists()
+
+
+def test_repeat_is_refused_on_another_base(
+    run: Run, desk: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.tiny_pipelines import save_flux
+
+    other = save_flux(tmp_path_factory.mktemp("other") / "flux", seed=1)
+    capsys.readouterr()
+    assert run("generate --prompt a_<c>_dog --output x.png") == 0
+    assert run(f"generate --from x.png --output y.png --model {other}") == 2
+    assert "another base model" in capsys.readouterr().err
+
+
+def test_inspect(run: Run, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run("inspect dog/adapter.safetensors") == 0
+    shown = capsys.readouterr().out
+    assert "basis" in shown
+    assert '["<c>"]' in shown
+    assert run("inspect dog/adapter.safetensors --json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["rank"] == 4
+    assert facts["header"]["training"]["captions"] == ["a <c> dog"]
+    assert facts["update_norm"] > 0
+    assert run("generate --prompt a_<c>_dog --seed 3 --output x.png") == 0
+    capsys.readouterr()
+    assert run("inspect x.png --json") == 0
+    assert json.loads(capsys.readouterr().out)["seed"] == 3
+
+
+def test_basis_fills_the_cache(
+    run: Run, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qrlora.adapter import BasisCache
+
+    BasisCache.forget()
+    monkeypatch.setenv("QRLORA_CACHE", str(desk / "cache"))
+    assert run("basis --rank 3 --target-modules attn.to_q attn.to_v") == 0
+    # one double and one single block
+    assert len(list((desk / "cache").glob("*.safetensors"))) == 4
+    assert "4 bases of rank 3" in capsys.readouterr().err
+    BasisCache.forget()
+
+
+def test_config_init_is_valid_and_at_the_defaults(run: Run, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("config init a.yaml") == 0
+    assert run("config init a.yaml") == 2
+    assert run("config check a.yaml --resolve") == 0
+    written = TrainConfig.from_yaml(desk / "a.yaml")
+    assert written == TrainConfig(instance_data_dir="pictures/dog.png", output_dir="out/dog")
+    lines = (desk / "a.yaml").read_text().splitlines()
+    keys = set(yaml.safe_load("\n".join(lines)))
+    assert keys == set(TrainConfig.model_fields)
+    assert max(map(len, lines)) <= 120
+
+
+def test_config_check_tells_every_bad_file(run: Run, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.yaml").write_text("instance_data_dir: a\noutput_dir: b\nmax_train_stps: 4\n")
+    Path("b.yaml").write_text("instance_data_dir: a\noutput_dir: b\nadapter: {rnk: 4}\n")
+    assert run("config check a.yaml b.yaml") == 2
+    said = capsys.readouterr().err
+    assert "did you mean max_train_steps?" in said
+    assert "did you mean adapter.rank?" in said
