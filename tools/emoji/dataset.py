@@ -1,6 +1,5 @@
 """Read the emoji data set that `tools.emoji.build` wrote."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -48,11 +47,6 @@ class Emoji:
     def __getitem__(self, pair: tuple[str, str]) -> np.ndarray:
         """The uint8 picture [H, W, 3] of (content key, style)."""
         return self.arrays[self.rows[pair]]
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the pictures."""
-        return hashlib.sha256(self.arrays.tobytes()).hexdigest()
 
     @property
     def size(self) -> int:

@@ -44,25 +44,27 @@ library_name: diffusers
 ---
 # The embedded base of qrlora
 
-A FLUX pipeline small enough to ship: it draws {size} x {size} emoji, in the drawn styles {styles}, and in {treatments} procedural
-treatments of them. It exists so that the first command works offline and every test runs on the real classes; it knows nothing else.
+A FLUX pipeline small enough to ship: it draws {size} x {size} emoji in the styles {styles},
+and in {treatments} procedural treatments of them. It exists so that the first command works offline and every test runs
+on the real classes; it knows nothing else.
 
-Trained by `make starter` (`tools/starter`) on {contents} contents x {style_count} styles x {variants} variants, {steps} steps of {batch}
-pictures. Held out from it: 240 contents, the styles {held_out}, and the treatments in `tools/emoji/treatments.py` marked so.
+Trained by `make starter` (`tools/starter`) on {contents} contents x {style_count} styles x {variants} variants,
+{steps} steps of {batch} pictures. Held out from it: 240 contents, the styles {held_out},
+and the treatments that `tools/emoji/treatments.py` marks so.
 Scores: `benchmarks/results/starter.md`. Ask for "a red apple emoji in noto style", or "... as a line drawing".
 
 ## Attribution
-The training pictures were rendered from these packages; the weights contain none of them verbatim by intent, but a small model remembers.
+The training pictures were rendered from these packages; a small model remembers, so their licences are kept in mind.
 
 {attributions}
 
-The two sample pictures: `dragon-noto.png` is Noto Emoji's dragon (Apache-2.0, Google), `red-apple-fluent-3d.png` is Fluent Emoji's red
-apple (MIT, Microsoft), both resized.
+The two sample pictures: `dragon-noto.png` is Noto Emoji's dragon (Apache-2.0, Google), `red-apple-fluent-3d.png` is
+Fluent Emoji's red apple (MIT, Microsoft), both resized.
 """
 
 
 def pipeline_of(trained: Path) -> FluxPipeline:
-    """The parts as `tools.starter.denoiser` left them; what loads with transformers stays fp32, the denoiser is stored in fp16."""
+    """The parts as `tools.starter.denoiser` left them; the denoiser alone, the largest, is stored in fp16."""
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=AutoencoderKL.from_pretrained(trained / "vae"),

@@ -88,7 +88,9 @@ def main() -> None:
     data = load_or_make(emoji, args.output.parent / "pictures.npz")
     pictures = torch.from_numpy(data.pictures)
     model = AutoencoderKL(**CONFIG).to(memory_format=torch.channels_last)
-    nn.init.constant_(model.encoder.conv_out.bias[16:], -8.0)  # at its usual start, noise of unit variance drowns the latents
+    nn.init.constant_(
+        model.encoder.conv_out.bias[16:], -8.0
+    )  # at its usual start, noise of unit variance drowns the latents
     run = Run(args.output, model, args.steps, args.learning_rate)
     test = held_out(emoji)
 

@@ -1,6 +1,6 @@
 """Trains the embedded base's denoiser and its two text encoders together, on the latents of the trained autoencoder.
 
-`python -m tools.starter.denoiser --data data/emoji.npz --autoencoder data/starter/autoencoder/model --output data/starter/denoiser`
+`python -m tools.starter.denoiser --autoencoder data/starter/autoencoder/model --output data/starter/denoiser`
 """
 
 import argparse
@@ -89,7 +89,7 @@ class Denoiser(nn.Module):
 
 @torch.no_grad()
 def equalise(vae: AutoencoderKL, pixels: Tensor) -> None:
-    """Give every latent channel unit variance and the whole zero mean, in the weights: FLUX's layout has one factor only.
+    """Give every latent channel unit variance and the whole zero mean, in the weights: FLUX has one factor for all.
 
     Scaling the encoder's last and the decoder's first convolution leaves every reconstruction as it was.
     """
@@ -124,9 +124,7 @@ def captions_of(data: Pictures) -> list[str]:
 def draw_captions(data: Pictures, index: Tensor, random: torch.Generator) -> list[str]:
     """The captions of a batch, with their dropouts."""
     parts = zip(data.name[index], data.style[index], data.treatment[index], strict=True)
-    return [
-        dropped(data.names[n], data.styles[s], None if t < 0 else data.treatments[t], random) for n, s, t in parts
-    ]
+    return [dropped(data.names[n], data.styles[s], None if t < 0 else data.treatments[t], random) for n, s, t in parts]
 
 
 def draw_sigmas(count: int, random: torch.Generator) -> Tensor:
@@ -154,7 +152,10 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(args.autoencoder)
     equalise(vae, to_pixels(torch.from_numpy(data.pictures[:: len(data.pictures) // 512])))
     latents = encode(vae, data.pictures)
-    print(f"{len(latents)} pictures of {len(data.keys)} contents, latents {latents.mean():.3f} +- {latents.std():.3f}", flush=True)
+    print(
+        f"{len(latents)} pictures of {len(data.keys)} contents, latents {latents.mean():.3f} +- {latents.std():.3f}",
+        flush=True,
+    )
 
     clip, t5 = train_tokenizers(captions_of(data))
     model = Denoiser()

@@ -66,7 +66,11 @@ class Run:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.optimizer = torch.optim.AdamW(
-            self.module.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, betas=(0.9, 0.99), fused=True
+            self.module.parameters(),
+            lr=self.learning_rate,
+            weight_decay=self.weight_decay,
+            betas=(0.9, 0.99),
+            fused=True,
         )
         self.average = Average(self.module, self.decay)
         self.step = 0
@@ -106,7 +110,8 @@ class Run:
     def go(self, step_loss: Callable[[int], Tensor], every: Callable[[int], None] | None = None) -> None:
         """Train to the last step; `every(step)` is called after each checkpoint."""
         start, started, losses = self.step, time.monotonic(), []
-        for self.step in range(self.step + 1, self.steps + 1):
+        for step in range(self.step + 1, self.steps + 1):
+            self.step = step
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate * cosine(self.step - 1, self.steps, self.warmup)
             loss = step_loss(self.step)
@@ -126,10 +131,14 @@ class Run:
 
     def _report(self, start: int, started: float, loss: float) -> None:
         if not math.isfinite(loss):
-            raise SystemExit(f"The loss is {loss} at step {self.step}: lower --learning-rate; the last checkpoint is kept.")
+            raise SystemExit(
+                f"The loss is {loss} at step {self.step}: lower --learning-rate; the last checkpoint is kept."
+            )
         seconds = time.monotonic() - started
         left = seconds / (self.step - start) * (self.steps - self.step)
-        print(f"step {self.step}/{self.steps}  loss {loss:.4f}  {seconds / 60:.1f} min, {left / 60:.1f} left", flush=True)
+        print(
+            f"step {self.step}/{self.steps}  loss {loss:.4f}  {seconds / 60:.1f} min, {left / 60:.1f} left", flush=True
+        )
         with (self.folder / "log.jsonl").open("a") as log:
             log.write(json.dumps({"step": self.step, "loss": round(loss, 6), "seconds": round(seconds, 1)}) + "\n")
 
