@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 	@touch $@
 
 demo: .venv/stamp
-	$(BIN)/qrlora blend --output demo
+	$(BIN)/qrlora blend --output demo --overwrite
 
 lint: .venv/stamp
 	$(BIN)/ruff check .
@@ -26,7 +26,7 @@ test: lint
 
 # Trains the embedded base anew: about an hour and a half on two cores; a part that was interrupted continues.
 starter: .venv/stamp
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[emoji]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,emoji]'
 	test -f data/emoji.npz || $(BIN)/python -m tools.emoji.build
 	$(BIN)/python -m tools.starter.autoencoder
 	$(BIN)/python -m tools.starter.denoiser --compile
