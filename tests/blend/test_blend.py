@@ -156,6 +156,30 @@ def test_nothing_is_written_over(
     assert [path.name for path in tmp_path.iterdir()] == [f"{name}.safetensors"]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"content": None, "content_adapter": ("style.safetensors",)},
+        {"content": None, "content_adapter": ("merged.safetensors",)},
+        {"content": None, "content_adapter": ("content.safetensors", "content.safetensors")},
+        {"style": "blend.png"},
+        {"style": "train/style/picture.png"},
+    ],
+)
+def test_overwrite_spares_what_is_given(
+    changes: dict, make_config: MakeConfig, model: LoadedModel, tmp_path: Path
+) -> None:
+    def placed(value: Path | str | tuple[str, ...] | None) -> object:
+        if isinstance(value, tuple):
+            return tuple(tmp_path / name for name in value)
+        return None if value is None else tmp_path / value
+
+    config = make_config(tmp_path, overwrite=True, **{key: placed(value) for key, value in changes.items()})
+    with pytest.raises(QrloraError, match=r"copy it elsewhere first"):
+        blend(config, loaded=model, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_overwrite_leaves_no_picture_of_other_weights(
     make_config: MakeConfig, model: LoadedModel, tmp_path: Path
 ) -> None:
@@ -195,6 +219,9 @@ def test_interrupted_blend_continues_to_the_same_adapters(
         ({"prompt": None}, r"Give --prompt"),
         ({"style": None, "style_adapter": ("nowhere.safetensors",)}, r"nowhere\.safetensors"),
         ({"style_config": "nowhere.yaml"}, r"nowhere\.yaml cannot be read"),
+        ({"method": "mean"}, r"--method mean is not known; .*concat"),
+        ({"height": 33}, r"--height 33 must be a multiple of"),
+        ({"sweep_steps": 4}, r"--sweep-steps 4 must be less than the 4 steps"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(

@@ -70,3 +70,18 @@ def test_other_files_and_sheets_are_told(tmp_path: Path) -> None:
     save_picture(Image.new("RGB", (8, 8)), tmp_path / "sheet.png", sheet)
     with pytest.raises(QrloraError, match="sheet of many pictures"):
         read_provenance(tmp_path / "sheet.png")
+
+
+def test_pictures_too_large_damaged_or_of_another_format_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_picture(Image.new("RGB", (64, 64)), tmp_path / "a.png", STORY)
+    monkeypatch.setattr("qrlora.blend.provenance._MAX_PIXELS", 64)
+    with pytest.raises(QrloraError, match="too many"):
+        read_provenance(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
+    with pytest.raises(QrloraError, match="not a readable picture"):
+        read_provenance(path)
+    Image.new("RGB", (4, 4)).save(path, format="BMP")
+    with pytest.raises(QrloraError, match="not a readable picture"):
+        read_provenance(path)

@@ -9,7 +9,7 @@ import yaml
 from PIL import Image, ImageChops
 
 from qrlora.formats import read_adapter
-from qrlora.training import TrainConfig
+from qrlora.training import Interrupted, TrainConfig
 from tests.cli.conftest import Run
 
 
@@ -28,6 +28,22 @@ def test_blend(run: Run, desk: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run(line) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert run(f"{line} --overwrite") == 0
+    capsys.readouterr()
+    assert run("inspect out/blend.png") == 0
+    assert "pictures/merged.png" in capsys.readouterr().out
+
+
+def test_stopped_blend_says_how_to_continue(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(_config: object) -> None:
+        raise Interrupted(3, Path("out/checkpoint-3"), 2)
+
+    monkeypatch.setattr("qrlora.blend.blend", stop)
+    assert run("blend --overwrite") == 130
+    said = capsys.readouterr().err
+    assert "run the same command with --resume instead of --overwrite to continue" in said
+    assert "latest" not in said
 
 
 def test_train_takes_a_file_and_options_above_it(run: Run, desk: Path) -> None:
@@ -52,7 +68,8 @@ def test_merge(run: Run, adapter: Path, desk: Path, capsys: pytest.CaptureFixtur
     one, both = read_adapter(adapter), read_adapter(desk / "m.safetensors")
     for name, pair in both.layers.items():
         torch.testing.assert_close(pair.delta(), 0.5 * one.layers[name].delta())
-    assert run("merge dog/adapter.safetensors --output folder") == 0
+    assert run("merge dog/adapter.safetensors --output folder --save-dtype bf16") == 0
+    assert (desk / "folder" / "adapter_model.safetensors").stat().st_size < (desk / "m.safetensors").stat().st_size
     assert (desk / "folder" / "adapter_config.json").is_file()
     assert run("merge dog/adapter.safetensors --output m.safetensors") == 2
 

@@ -107,3 +107,19 @@ def test_bad_masks(tmp_path: Path) -> None:
     Image.new("L", (40, 40), 0).save(tmp_path / "a.mask.png")
     with pytest.raises(QrloraError, match=r"a\.mask\.png: the mask has nothing white"):
         load_examples(tmp_path, "a cat", 32)
+
+
+def test_the_metadata_of_a_single_picture(tmp_path: Path) -> None:
+    picture = _save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "from metadata"}')
+    assert load_examples(picture, "a cat", 32)[0].caption == "from metadata"
+
+
+@pytest.mark.parametrize("name", ["a.mask.jpg", "a.MASK.png", "a.mask.PNG"])
+def test_a_mask_that_would_go_unused_is_named(tmp_path: Path, name: str) -> None:
+    picture, other = _save(tmp_path / "a.png"), _save(tmp_path / "b.png")
+    _save(tmp_path / "x.png").rename(tmp_path / name)
+    for path in (tmp_path, picture):
+        with pytest.raises(QrloraError, match="is named like a mask"):
+            load_examples(path, "a cat", 32)
+    assert len(load_examples(other, "a cat", 32)) == 1

@@ -184,6 +184,16 @@ class TestDamage:
         with pytest.raises(QrloraError, match=r"transformer\.x\.lora_A\.weight claims the absurd shape"):
             read_adapter(path)
 
+    def test_headers_beyond_what_python_counts(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.safetensors"
+        for header in (
+            '{"x": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 8]}}',
+            '{"x":' * 200_000 + "0" + "}" * 200_000,
+        ):
+            path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(8))
+            with pytest.raises(QrloraError, match=r"malformed|not JSON"):
+                read_adapter(path)
+
     @pytest.mark.parametrize("entry", [{"dtype": "F32"}, 3, {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}])
     def test_malformed_entries(self, tmp_path: Path, entry: object) -> None:
         header = json.dumps({"transformer.x": entry})

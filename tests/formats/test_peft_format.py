@@ -39,6 +39,9 @@ def test_refusals(tmp_path: Path) -> None:
     config.write_text(text[:-20])
     with pytest.raises(QrloraError, match="not JSON"):
         read_adapter(folder)
+    config.write_bytes(b"\xff\xfe{")
+    with pytest.raises(QrloraError, match="not UTF-8"):
+        read_adapter(folder)
     config.write_text(text)
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(QrloraError, match="does not exist"):

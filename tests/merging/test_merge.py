@@ -147,6 +147,14 @@ class TestRefused:
         with pytest.raises(QrloraError, match="trained on other"):
             merge([made(0, base_model="base"), made(1, base_model="other")])
 
+    def test_another_base_where_hashes_tell_nothing_or_the_first_has_no_header(self) -> None:
+        one = made(0, base_model="base", weight_hashes={LINEAR: "float32:a"})
+        two = made(1, base_model="other", weight_hashes={LINEAR: "bfloat16:z"})
+        with pytest.raises(QrloraError, match="trained on other"):
+            merge([one, two])
+        with pytest.raises(QrloraError, match="adapter 3 was trained on other, but adapter 2 on base"):
+            merge([made(2, header=False), one, two])
+
     def test_not_finite(self) -> None:
         bad = made(1)
         bad.layers[CONV].A[0] = float("inf")

@@ -1,6 +1,7 @@
 """Loading pipelines, their settings file, and giving encoders back."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -76,3 +77,12 @@ def test_encoders_are_freed_and_come_back(tiny_flux: Path, in_memory: bool) -> N
         model.family.encode_prompts(model.pipeline, ["a cat"], 16)
     model.restore_encoders()
     np.testing.assert_array_equal(_picture(model), before)
+
+
+def test_nothing_is_unpickled(tiny_flux: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_flux, tmp_path / "m")
+    (weights,) = (tmp_path / "m" / "vae").glob("*.safetensors")
+    torch.save({}, weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(QrloraError, match="cannot be loaded"):
+        load_pipeline(tmp_path / "m")

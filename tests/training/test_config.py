@@ -24,6 +24,7 @@ BASE: dict[str, Any] = {"instance_data_dir": "dog.png", "output_dir": "out"}
         ({"mixed_precision": "fp16"}, r"mixed_precision='fp16' is not valid"),
         ({"adapter.rank": "many"}, r"adapter\.rank='many' is not valid"),
         ({"learning_rate": float("nan")}, r"learning_rate=nan is not valid"),
+        ({"adapter.basis": "qrr"}, r"adapter\.basis='qrr' is not known; use one of .*qr, .*svd, lora"),
         ({"resume": "latest", "init_from": "a.safetensors"}, r"resume and init_from exclude each other"),
     ],
 )
@@ -44,6 +45,11 @@ def test_yaml_with_overrides(tmp_path: Path) -> None:
     config = TrainConfig.from_yaml(tmp_path / "c.yaml", {"adapter.rank": "16", "seed": 3})
     assert (config.learning_rate, config.seed) == (1e-3, 3)
     assert config.adapter == AdapterSpec(rank=16, basis="svd")
+
+
+def test_a_bare_no_in_yaml(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("instance_data_dir: dog.png\noutput_dir: out\nmixed_precision: no\n")
+    assert TrainConfig.from_yaml(tmp_path / "c.yaml").mixed_precision == "no"
 
 
 def test_yaml_that_is_not(tmp_path: Path) -> None:

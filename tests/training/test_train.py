@@ -280,7 +280,10 @@ def test_validation_pictures_do_not_change_the_result(
     assert [path.name for path in pictures] == [f"step-{s:06d}-{i}.png" for s in (4, 6) for i in (0, 1)]
     with Image.open(pictures[1]) as picture:
         assert picture.size == (32, 32)
-        assert (picture.info["prompt"], picture.info["seed"], picture.info["step"]) == ("a <c> cat", "1", "4")
+        assert set(picture.info) == {"qrlora"}
+        about = json.loads(picture.info["qrlora"])
+    assert (about["prompt"], about["seed"], about["step"]) == ("a <c> cat", 1, 4)
+    assert (about["model"], about["settings"]["height"]) == ("tiny-flux", 32)
 
 
 def test_tensorboard(make_config: MakeConfig, model: LoadedModel, tmp_path: Path) -> None:
@@ -299,3 +302,9 @@ def test_progress_off_a_terminal_is_a_line(
     assert captured.out == ""
     assert captured.err.startswith("train: 2/2 loss ")
     assert "\r" not in captured.err
+
+
+def test_a_missing_initial_adapter_is_one_sentence(make_config: MakeConfig, model: LoadedModel, tmp_path: Path) -> None:
+    with pytest.raises(QrloraError, match=r"none\.safetensors"):
+        _run(make_config(init_from=str(tmp_path / "none.safetensors")), model)
+    assert not (tmp_path / "out").exists()

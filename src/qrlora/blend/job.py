@@ -21,7 +21,7 @@ from qrlora.blend.sheet import Cell, Grid, draw_sheet
 from qrlora.blend.sweep import draw_sweep
 from qrlora.errors import QrloraError
 from qrlora.formats import Adapter, read_adapter
-from qrlora.merging import merge
+from qrlora.merging import merge, merge_names
 from qrlora.models import GenerationDefaults, LoadedModel, load_pipeline
 from qrlora.training import TrainResult
 
@@ -81,10 +81,13 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
     clock = _Clock()
     output = config.output
     _check_output(config)
+    if config.method not in merge_names():
+        raise QrloraError(f"--method {config.method} is not known; the known ones are {', '.join(merge_names())}.")
     parts, prompt = plan_parts(config)
     with clock.phase("load"):
         model = loaded if loaded is not None else _load(config)
     settings = settings_of(config, model.defaults)
+    _check_plan(config, parts, model, settings)
     painter = Painter(model, config.model, settings)
     trained: dict[Role, TrainResult | None] = {}
     for role in ROLES:
@@ -145,13 +148,48 @@ def _check_output(config: BlendConfig) -> None:
     if output.exists() and not output.is_dir():
         raise QrloraError(f"--output {output} is a file; name a folder.")
     if config.overwrite or config.resume:
-        return
+        return _check_inputs_survive(config)
     for name in ("report.json", "blend.png", "content.safetensors", "style.safetensors", "merged.safetensors", "train"):
         if (output / name).exists():
             raise QrloraError(
                 f"--output {output} holds an earlier blend ({name}); name another folder, continue it with --resume, "
                 "or replace it with --overwrite."
             )
+
+
+def _check_inputs_survive(config: BlendConfig) -> None:
+    """Refuse a given picture or adapter that this blend would write over or remove."""
+    output = config.output.resolve()
+    written = {
+        output / name for name in ("content.safetensors", "style.safetensors", "merged.safetensors", "blend.png")
+    }
+    for role in ROLES:
+        given: Path | None = getattr(config, role)
+        files = config.adapters(role)
+        for path in (*files, *(() if given is None else (given,))):
+            place = path.resolve()
+            if files == (path,) and place == output / f"{role}.safetensors":
+                continue  # stays as it is
+            if place in written or (config.overwrite and place.is_relative_to(output / "train")):
+                raise QrloraError(
+                    f"{path} is among the files that this blend replaces in --output {config.output}; copy it "
+                    "elsewhere first and give the copy."
+                )
+
+
+def _check_plan(config: BlendConfig, parts: dict[Role, Part], model: LoadedModel, settings: GenerationDefaults) -> None:
+    """What would fail only after the training, or show nothing."""
+    multiple = model.family.latent_multiple(model.pipeline)
+    for name, value in (("height", settings.height), ("width", settings.width)):
+        if value % multiple:
+            raise QrloraError(f"--{name} {value} must be a multiple of {multiple} for {model.model_id}.")
+    trainings = [part.training.with_defaults(model.training) for part in parts.values() if part.training is not None]
+    steps = max((training.max_train_steps for training in trainings), default=0)
+    if config.sweep_steps is not None and config.sweep_steps >= steps:
+        raise QrloraError(
+            f"--sweep-steps {config.sweep_steps} must be less than the {steps} steps of the training, or the sweep "
+            "shows nothing but its end."
+        )
 
 
 def _forget_pictures(output: Path) -> None:

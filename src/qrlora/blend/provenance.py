@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -15,6 +15,7 @@ from qrlora.errors import QrloraError
 from qrlora.formats import atomic_write
 
 PNG_KEY = "qrlora"
+_MAX_PIXELS = 2**27
 
 
 class AdapterUse(BaseModel):
@@ -111,12 +112,26 @@ def read_provenance(path: Path) -> Provenance:
     Raises:
         QrloraError: no picture, no `qrlora` chunk, or one of a whole sheet (its single pictures have their own).
     """
+    chunk = read_chunk(path)
+    if isinstance(chunk, SheetProvenance):
+        raise QrloraError(f"{path} is a sheet of many pictures; repeat one of those in its 'pictures' folder.")
+    return chunk
+
+
+def read_chunk(path: Path) -> Provenance | SheetProvenance:
+    """What a picture of ours says of itself, one picture or a sheet.
+
+    Raises:
+        QrloraError: no picture, or no `qrlora` chunk.
+    """
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=("PNG",)) as picture:
+            if picture.width * picture.height > _MAX_PIXELS:
+                raise QrloraError(f"{path}: {picture.width} x {picture.height} pixels are too many to read.")
             text = getattr(picture, "text", {}).get(PNG_KEY)
     except FileNotFoundError as error:
         raise QrloraError(f"{path}: no such picture.") from error
-    except (UnidentifiedImageError, OSError) as error:
+    except (Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise QrloraError(f"{path}: not a readable picture ({error}).") from error
     if text is None:
         raise QrloraError(
@@ -125,7 +140,7 @@ def read_provenance(path: Path) -> Provenance:
     try:
         chunk = json.loads(text)
         if isinstance(chunk, dict) and "pictures" in chunk:
-            raise QrloraError(f"{path} is a sheet of many pictures; repeat one of those in its 'pictures' folder.")
+            return SheetProvenance.model_validate(chunk)
         return Provenance.model_validate(chunk)
-    except (json.JSONDecodeError, ValidationError) as error:
+    except (json.JSONDecodeError, RecursionError, ValidationError) as error:
         raise QrloraError(f"{path}: its '{PNG_KEY}' text chunk is damaged or of another version.") from error

@@ -85,7 +85,7 @@ def _generate(options: GenerateOptions, prompt: str, outputs: Sequence[Path]) ->
 
 def _repeat(options: GenerateOptions, source: Path) -> None:
     for name in _FIXED_BY_PICTURE:
-        if getattr(options, name):
+        if getattr(options, name) not in (None, ()):
             raise QrloraError(f"--from repeats {source} as it is; drop {flag(name)}.")
     if options.num_images != 1:
         raise QrloraError("--from repeats one picture; drop --num-images.")

@@ -36,9 +36,9 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _picture(path: Path) -> dict[str, Any]:
-    from qrlora.blend import read_provenance
+    from qrlora.blend.provenance import read_chunk
 
-    return read_provenance(path).model_dump(mode="json")
+    return read_chunk(path).model_dump(mode="json")
 
 
 def _adapter(path: Path, everything: bool) -> dict[str, Any]:

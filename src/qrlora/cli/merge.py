@@ -8,6 +8,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict
 
 from qrlora.cli._options import parse_options, refuse_existing, say
+from qrlora.errors import QrloraError
 
 
 class MergeOptions(BaseModel):
@@ -31,15 +32,21 @@ class MergeOptions(BaseModel):
 def run(arguments: Sequence[str]) -> None:
     """Parse, merge, and say how it was done."""
     options = parse_options(MergeOptions, "merge", arguments)
+    as_file = options.output.suffix == ".safetensors"
+    if options.output.suffix and not as_file and not options.output.is_dir():
+        refuse_existing(options.output, overwrite=False)
+        raise QrloraError(
+            f"--output {options.output} must end in .safetensors, or be a folder's name without a suffix."
+        )
     refuse_existing(options.output, options.overwrite)
     from qrlora.formats import read_adapter, write_peft_folder
     from qrlora.merging import merge
 
     merged = merge([read_adapter(path) for path in options.adapters], options.weights or None, options.method)
-    if options.output.suffix == ".safetensors":
+    if as_file:
         merged.save(options.output, save_dtype=options.save_dtype)
     else:
-        write_peft_folder(merged, options.output)
+        write_peft_folder(merged, options.output, save_dtype=options.save_dtype)
     rank = max(pair.rank for pair in merged.layers.values())
     method = merged.header.method if merged.header is not None else options.method
     say(f"{len(options.adapters)} adapters merged by {method}: rank {rank}, {len(merged.layers)} layers")

@@ -1,6 +1,7 @@
 """A picture or a folder of them, with captions and masks, as training examples."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from qrlora.errors import QrloraError
 
 MASK_SUFFIX = ".mask.png"
 METADATA = "metadata.jsonl"
+_MASK_LIKE = re.compile(r".+\.mask\.[^.]+", re.IGNORECASE)
 CAPTION_KEYS = ("text", "caption", "prompt")
 MAX_CAPTION_BYTES = 1 << 16
 
@@ -54,8 +56,7 @@ def load_examples(path: str | Path, instance_prompt: str | None, resolution: int
             a mask of another size or without a white pixel, a broken `metadata.jsonl` (with the line).
     """
     files = picture_files(path)
-    folder = Path(path)
-    listed = _metadata(folder / METADATA) if folder.is_dir() else {}
+    listed = _metadata(files[0].parent / METADATA)
     return [_example(file, listed.get(file.name), instance_prompt, resolution) for file in files]
 
 
@@ -67,18 +68,32 @@ def picture_files(path: str | Path) -> list[Path]:
     """
     path = Path(path)
     if path.is_file():
+        _refuse_stray_masks(path.parent, [path], f"{path.stem}.mask.".lower())
         return [path]
     if not path.is_dir():
         raise QrloraError(f"instance_data_dir: there is no picture or folder {path}.")
     files = sorted(file for file in path.iterdir() if _is_picture(file))
     if not files:
         raise QrloraError(f"instance_data_dir: {path} holds no picture ({', '.join(SUFFIXES)}).")
+    _refuse_stray_masks(path, files)
     return files
+
+
+def _refuse_stray_masks(folder: Path, pictures: list[Path], start: str = "") -> None:
+    """A mask that would silently go unused."""
+    masks = {picture.stem + MASK_SUFFIX for picture in pictures}
+    for file in sorted(folder.iterdir()):
+        name = file.name
+        looks = _MASK_LIKE.fullmatch(name) and name.lower().startswith(start) and not name.startswith(".")
+        if looks and name not in masks and file not in pictures and file.is_file():
+            raise QrloraError(
+                f"{file} is named like a mask, but is no NAME{MASK_SUFFIX} of a picture there; rename or remove it."
+            )
 
 
 def _is_picture(file: Path) -> bool:
     name = file.name.lower()
-    return name.endswith(SUFFIXES) and not name.endswith(MASK_SUFFIX) and not name.startswith(".") and file.is_file()
+    return name.endswith(SUFFIXES) and not _MASK_LIKE.fullmatch(name) and not name.startswith(".") and file.is_file()
 
 
 def _example(file: Path, listed: str | None, instance_prompt: str | None, resolution: int) -> Example:

@@ -139,7 +139,7 @@ def read_header(source: Path, metadata: Mapping[str, str]) -> Header | None:
 def json_object(source: Path, text: str, what: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise QrloraError(f"{source}: {what} is not JSON.") from error
     if not isinstance(value, dict):
         raise QrloraError(f"{source}: {what} is not a JSON object.")

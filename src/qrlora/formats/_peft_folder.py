@@ -65,7 +65,13 @@ def read_peft_folder(folder: str | Path) -> Adapter:
 def _config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise QrloraError(f"{path} does not exist; a peft adapter folder has it beside {WEIGHTS_NAME}.")
-    return json_object(path, path.read_text(encoding="utf-8"), "the file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise QrloraError(f"{path}: the file is not JSON: it is not UTF-8 text.") from error
+    except OSError as error:
+        raise QrloraError(f"{path} cannot be read: {error.strerror or error}.") from error
+    return json_object(path, text, "the file")
 
 
 def _looks_like_unet(names: Any) -> bool:

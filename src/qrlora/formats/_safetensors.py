@@ -107,7 +107,7 @@ def _checked_header(source: Path) -> dict[str, str]:
             header = json.loads(stream.read(length))
     except OSError as error:
         raise QrloraError(f"{source} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise QrloraError(f"{source} is not a safetensors file: its header is not JSON.") from error
     if not isinstance(header, dict):
         raise QrloraError(f"{source} is not a safetensors file: its header is not a JSON object.")
@@ -125,7 +125,7 @@ def _check_entry(source: Path, key: str, entry: Any, available: int) -> None:
         shape: list[int] = [int(side) for side in entry["shape"]]
         begin, end = (int(offset) for offset in entry["data_offsets"])
         dtype = str(entry["dtype"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise QrloraError(f"{source}: the header's entry for {key} is malformed.") from error
     if dtype not in _SIZES:
         raise QrloraError(f"{source}: {key} has dtype {dtype}, which is not one of {', '.join(_SIZES)}.")

@@ -24,7 +24,8 @@ def check_compatible(adapters: Sequence[Adapter]) -> None:
         _check_finite(name_of(adapters, index), adapter)
         if index:
             _check_same_layers(adapters, index)
-            _check_same_base(adapters, index)
+            for earlier in range(index):
+                _check_same_base(adapters, earlier, index)
 
 
 def _check_finite(label: str, adapter: Adapter) -> None:
@@ -52,18 +53,20 @@ def _check_same_layers(adapters: Sequence[Adapter], index: int) -> None:
             )
 
 
-def _check_same_base(adapters: Sequence[Adapter], index: int) -> None:
-    first, other = adapters[0].header, adapters[index].header
+def _check_same_base(adapters: Sequence[Adapter], earlier: int, index: int) -> None:
+    first, other = adapters[earlier].header, adapters[index].header
     if first is None or other is None:
         return
-    label, first_label = name_of(adapters, index), name_of(adapters, 0)
+    label, first_label = name_of(adapters, index), name_of(adapters, earlier)
+    compared = False
     for layer in first.weight_hashes.keys() & other.weight_hashes.keys():
-        if same_weight(first.weight_hashes[layer], other.weight_hashes[layer]) is False:
+        same = same_weight(first.weight_hashes[layer], other.weight_hashes[layer])
+        compared = compared or same is not None
+        if same is False:
             raise QrloraError(
                 f"{label} was trained on another base model than {first_label}: the weight of {layer} differs."
             )
-    hashed = first.weight_hashes and other.weight_hashes
-    if not hashed and first.base_model and other.base_model and first.base_model != other.base_model:
+    if not compared and first.base_model and other.base_model and first.base_model != other.base_model:
         raise QrloraError(
             f"{label} was trained on {other.base_model}, but {first_label} on {first.base_model}; only adapters of one "
             "base model merge."

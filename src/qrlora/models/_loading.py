@@ -163,7 +163,10 @@ def _from_pretrained(source: str, dtype: torch.dtype, cls: type[Any], **componen
             # The libraries warn about each other's spellings while loading; none of it is the user's to mend.
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
-            return cls.from_pretrained(source, torch_dtype=dtype, local_files_only=local, **components)
+            # safetensors alone: nothing is ever unpickled
+            return cls.from_pretrained(
+                source, torch_dtype=dtype, local_files_only=local, use_safetensors=True, **components
+            )
     except Exception as error:  # every library below raises its own kinds
         if local:
             raise QrloraError(f"the model folder {source} cannot be loaded: {_first_line(error)}") from error

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qrlora.adapter import AdapterSpec
+from qrlora.basis import basis_names
 from qrlora.errors import QrloraError
 
 Weighting = Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"]
@@ -88,6 +89,11 @@ class TrainConfig(BaseModel):
     save_dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the resulting file; checkpoints are always fp32."""
 
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _yaml_no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads a bare no as false
+
     @model_validator(mode="after")
     def _exclusive(self) -> Self:
         if self.resume is not None and self.init_from is not None:
@@ -108,9 +114,15 @@ class TrainConfig(BaseModel):
         """
         nested = _nest(values, source)
         try:
-            return cls.model_validate(nested)
+            config = cls.model_validate(nested)
         except ValidationError as error:
             raise QrloraError(_sentence(error, source)) from error
+        known = (*basis_names(), "lora")
+        if config.adapter.basis not in known:
+            raise QrloraError(
+                f"{source}: adapter.basis={config.adapter.basis!r} is not known; use one of {', '.join(known)}."
+            )
+        return config
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:

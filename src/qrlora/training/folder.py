@@ -2,11 +2,12 @@
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qrlora.errors import QrloraError
+from qrlora.errors import QrloraError, QrloraWarning
 from qrlora.formats import atomic_write, read_metadata
 from qrlora.training.checkpoint import (
     Checkpoint,
@@ -32,11 +33,41 @@ def find_start(config: TrainConfig) -> Checkpoint | None:
     if output.exists() and not output.is_dir():
         raise QrloraError(f"output_dir: {output} is a file; name a folder.")
     if config.resume == "latest":
-        return latest_checkpoint(output)
+        return _newest(output, overwrite=config.overwrite)
     start = None if config.resume is None else open_checkpoint(Path(config.resume))
-    if (start is None or not start.within(output)) and not config.overwrite:
-        _refuse_occupied(output)
+    if not config.overwrite:
+        if start is None or not start.within(output):
+            _refuse_occupied(output)
+        else:
+            _refuse_going_back(start, output)
     return start
+
+
+def _newest(output: Path, *, overwrite: bool) -> Checkpoint | None:
+    folders = checkpoint_folders(output)
+    start = latest_checkpoint(output)
+    if start is not None or (output / RESULT).exists():
+        return start  # a finished run is looked at by finished_losses
+    if folders and not overwrite:
+        raise QrloraError(f"cannot resume: no checkpoint in {output} is complete; set overwrite: true to train anew.")
+    if not folders:
+        warnings.warn(f"no checkpoint in {output}; starting at step 0", QrloraWarning, stacklevel=3)
+    return None
+
+
+def _refuse_going_back(start: Checkpoint, output: Path) -> None:
+    """An earlier checkpoint of the same folder: what came after it would be written over."""
+    newest = checkpoint_folders(output)[-1]
+    if (output / RESULT).exists():
+        what = "its run is finished"
+    elif newest.name != start.folder.resolve().name:
+        what = f"its run went on to {newest.name}"
+    else:
+        return
+    raise QrloraError(
+        f"resume: {start.folder} lies in output_dir, and {what}; use resume: latest, name another output_dir, or set "
+        "overwrite: true."
+    )
 
 
 def _refuse_occupied(output: Path) -> None:

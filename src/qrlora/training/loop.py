@@ -88,6 +88,8 @@ def train(
     started = time.perf_counter()
     start = find_start(config)
     picture_files(config.instance_data_dir)  # a wrong path is told before a large model is loaded
+    if config.init_from is not None:
+        read_adapter(config.init_from)  # and so is a wrong adapter
     accelerator = Accelerator(mixed_precision="no")
     device = choose_device(config, loaded, accelerator)
     model, config = load_model(config, loaded, device)

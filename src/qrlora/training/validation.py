@@ -1,5 +1,6 @@
 """Pictures of the validation prompt while training, with the text encoders already freed."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from qrlora.models import LoadedModel
 from qrlora.training.config import TrainConfig
 
 FOLDER = "validation"
+PNG_KEY = "qrlora"
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Validation:
         self.folder.mkdir(parents=True, exist_ok=True)
         for index, (picture, seed) in enumerate(zip(pictures, self.seeds, strict=True)):
             text = PngInfo()
-            for key, value in {"prompt": self.prompt, "seed": seed, "step": step, "model": model.model_id}.items():
-                text.add_itxt(key, str(value))
+            about = {"prompt": self.prompt, "seed": seed, "step": step, "model": model.model_id, "settings": settings}
+            text.add_itxt(PNG_KEY, json.dumps(about, ensure_ascii=False))
             picture.save(self.folder / f"step-{step:06d}-{index}.png", pnginfo=text)
         return pictures
 
