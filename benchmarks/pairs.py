@@ -28,6 +28,7 @@ from qrlora.models import LoadedModel, load_pipeline
 from qrlora.training import TrainConfig, train
 from tools.emoji.dataset import Emoji
 from tools.emoji.scores import Features, Judge
+from tools.starter.score import there_and_back
 
 CONTENT_STYLE, STYLE_CONTENT = "noto", "1f34e"
 STYLES = ("fluent-3d", "openmoji", "openmoji-black", "emojione-mono", "fxemoji")
@@ -114,12 +115,13 @@ def merged_pictures(model: LoadedModel, content: Path, style: Path, weights: tup
 
 
 def measure(
-    judge: Judge, rows: torch.Tensor, pairs: list[tuple[str, str]], gallery: tuple[str, ...]
+    judge: Judge, pictures: np.ndarray, pairs: list[tuple[str, str]], gallery: tuple[str, ...]
 ) -> dict[str, float]:
-    """Shares of pictures nearest to the right content, in the right style, and both; `rows` [pairs * seeds, 1280]."""
+    """Shares nearest to the right content, in the right style, and both; `pictures` [pairs * seeds, H, W, 3]."""
     wanted = [pair for pair in pairs for _ in SEEDS]
-    content = [judge.content(row[None], s, gallery)[0] == c for row, (c, s) in zip(rows, wanted, strict=True)]
-    style = [said == s for said, (_, s) in zip(judge.style(rows), wanted, strict=True)]
+    contents = judge.content(pictures, [s for _, s in wanted], gallery)
+    content = [said == c for said, (c, _) in zip(contents, wanted, strict=True)]
+    style = [said == s for said, (_, s) in zip(judge.style(pictures), wanted, strict=True)]
     both = [a and b for a, b in zip(content, style, strict=True)]
     return {name: sum(hits) / len(hits) for name, hits in (("content", content), ("style", style), ("both", both))}
 
@@ -153,6 +155,8 @@ def main() -> None:
 
     emoji, model = Emoji.load(args.data), load_pipeline(starter.path())
     pairs = dev_pairs(emoji)
+    base = base_hash(model.denoiser, target_layers(model.denoiser, "auto"))
+    work = args.work / base[:12]  # what was trained on another base must not be taken for this one's
     methods = [Method.parse(text) for text in args.methods]
     columns: dict[str, np.ndarray] = {"no adapter": np.concatenate([generate(model, PROMPT)] * len(pairs))}
     for method in methods:
@@ -164,11 +168,11 @@ def main() -> None:
                 (content, CONTENT_STYLE),
                 f"a <c> emoji in {CONTENT_STYLE} style",
                 method,
-                args.work,
+                work,
                 args.steps,
             )
             style_prompt = f"a {emoji.name(STYLE_CONTENT)} emoji in <s> style"
-            style_file = trained(model, emoji, (STYLE_CONTENT, style), style_prompt, method, args.work, args.steps)
+            style_file = trained(model, emoji, (STYLE_CONTENT, style), style_prompt, method, work, args.steps)
             print(f"{method}: pair {i + 1} of {len(pairs)}", flush=True)
             if not args.train_only:
                 made.append(merged_pictures(model, content_file, style_file, tuple(args.weights)))
@@ -176,11 +180,10 @@ def main() -> None:
             columns[str(method)] = np.concatenate(made)
     if args.train_only:
         return
-    features = Features()
-    judge = Judge.make(emoji, features, emoji.styles, emoji.dev_contents)
+    judge = Judge.make(emoji, Features(), emoji.styles, emoji.dev_contents, through=there_and_back(model))
     truth = np.concatenate([emoji.pictures([pair] * len(SEEDS)) for pair in pairs])
     rows = {
-        name: measure(judge, features(p), pairs, emoji.dev_contents)
+        name: measure(judge, p, pairs, emoji.dev_contents)
         for name, p in (columns | {"the true pictures": truth}).items()
     }
     report = {
@@ -189,14 +192,15 @@ def main() -> None:
         + (f" --steps {args.steps}" if args.steps else ""),
         "torch": torch.__version__,
         "machine": platform.machine(),
-        "base": base_hash(model.denoiser, target_layers(model.denoiser, "auto")),
+        "base": base,
         "weights": list(args.weights),
         "seeds": list(SEEDS),
         "pairs": pairs,
         "rows": rows,
         "note": f"Rank and steps of the embedded base's defaults unless said; merged at {tuple(args.weights)}, "
         f"{len(SEEDS)} seeds a pair; content among {len(emoji.dev_contents)} dev contents, style among "
-        f"{len(emoji.styles)}; the classifier is right on {judge.own_accuracy:.3f} of true held-out pictures.",
+        f"{len(emoji.styles)}; the classifier is right on {judge.accuracy:.3f} of true held-out pictures, "
+        f"{judge.accuracy_shown:.3f} as the base's autoencoder shows them.",
     }
     args.output.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     args.output.with_suffix(".md").write_text(table(report), encoding="utf-8")

@@ -11,10 +11,10 @@ from tools.emoji.treatments import (
     TRAIN_TREATMENTS,
     TREATMENTS,
     Picture,
-    caption,
     dilate,
     figure,
 )
+from tools.starter.captions import caption
 
 
 def drawing(size: int = 64) -> Picture:
@@ -58,8 +58,10 @@ def test_registry_splits_and_words() -> None:
     assert set(TRAIN_TREATMENTS).isdisjoint(HELD_OUT_TREATMENTS)
     words = [one.words for one in TREATMENTS.values()]
     assert len(set(words)) == len(words)
-    assert caption("red apple", "noto", "line-drawing") == "red apple emoji in noto style, as a line drawing"
-    assert caption("red apple", "noto") == "red apple emoji in noto style"
+    assert caption("red apple", "noto", TREATMENTS["line-drawing"].words) == (
+        "a red apple emoji in noto style as a line drawing"
+    )
+    assert caption("red apple", "noto", None) == "a red apple emoji in noto style"
 
 
 def test_figure_keeps_holes_and_drops_the_ground() -> None:

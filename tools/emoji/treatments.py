@@ -217,9 +217,3 @@ TREATMENTS: dict[str, Treatment] = {
 }
 TRAIN_TREATMENTS: tuple[str, ...] = tuple(name for name, one in TREATMENTS.items() if one.role == "train")
 HELD_OUT_TREATMENTS: tuple[str, ...] = tuple(name for name, one in TREATMENTS.items() if one.role == "held-out")
-
-
-def caption(name: str, style: str, treatment: str | None = None) -> str:
-    """Caption of a picture: `red apple emoji in noto style, as a line drawing`."""
-    words = f", {TREATMENTS[treatment].words}" if treatment else ""
-    return f"{name} emoji in {style} style{words}"

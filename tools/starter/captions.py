@@ -1,5 +1,6 @@
 """Captions of the training pictures, and the two byte-level BPE tokenizers trained on them."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -59,8 +60,6 @@ def _clip(captions: list[str]) -> CLIPTokenizer:
         show_progress=False,
     )
     raw.train_from_iterator(captions, trainer)
-    import json
-
     model = json.loads(raw.to_str())["model"]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
     tokenizer = CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=LENGTH)

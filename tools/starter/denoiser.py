@@ -17,11 +17,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from tools.emoji.dataset import Emoji
 from tools.starter.autoencoder import to_pixels
 from tools.starter.captions import LENGTH, VOCABULARY, caption, dropped, save_tokenizers, train_tokenizers
-from tools.starter.pictures import Pictures, load_or_make, mixed
+from tools.starter.pictures import Pictures, drawn_contents, load_or_make, mixed
 from tools.starter.run import Run, generator
 
 WIDTH, HEAD, TEXT, POOLED = 256, 32, 192, 128
-SHORT = 20
+SHORT = 16
 
 
 class Denoiser(nn.Module):
@@ -115,10 +115,11 @@ def encode(vae: AutoencoderKL, pictures: np.ndarray) -> Tensor:
     return torch.cat(packed)
 
 
-def captions_of(data: Pictures) -> list[str]:
-    """Every whole caption, for the tokenizers."""
+def captions_of(emoji: Emoji, data: Pictures) -> list[str]:
+    """Whole captions for the tokenizers, also of contents the base does not learn: its users will name them."""
     treatments = [None, *data.treatments]
-    return [caption(n, s, t) for n in data.names for s in data.styles for t in treatments]
+    names = [emoji.name(content) for content in drawn_contents(emoji)]
+    return [caption(n, s, t) for n in names for s in data.styles for t in treatments]
 
 
 def draw_captions(data: Pictures, index: Tensor, random: torch.Generator) -> list[str]:
@@ -138,17 +139,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/emoji.npz"))
     parser.add_argument("--autoencoder", type=Path, default=Path("data/starter/autoencoder/model"))
     parser.add_argument("--output", type=Path, default=Path("data/starter/denoiser"))
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=17500)
     parser.add_argument("--batch", type=int, default=96)
-    parser.add_argument("--treated", type=int, default=30, help="pictures of a batch that are treated")
+    parser.add_argument("--treated", type=int, default=24, help="pictures of a batch that are treated")
     parser.add_argument("--learning-rate", type=float, default=8e-4)
-    parser.add_argument("--long", type=float, default=0.2, help=f"last part of the steps with all {LENGTH} text tokens")
+    parser.add_argument("--long", type=float, default=0.1, help=f"last part of the steps with all {LENGTH} text tokens")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    data = load_or_make(Emoji.load(args.data), args.output.parent / "pictures.npz")
+    emoji = Emoji.load(args.data)
+    data = load_or_make(emoji, args.output.parent / "pictures.npz")
     vae = AutoencoderKL.from_pretrained(args.autoencoder)
     equalise(vae, to_pixels(torch.from_numpy(data.pictures[:: len(data.pictures) // 512])))
     latents = encode(vae, data.pictures)
@@ -157,7 +159,7 @@ def main() -> None:
         flush=True,
     )
 
-    clip, t5 = train_tokenizers(captions_of(data))
+    clip, t5 = train_tokenizers(captions_of(emoji, data))
     model = Denoiser()
     run = Run(args.output, model, args.steps, args.learning_rate, warmup=200, decay=0.9995, save_every=500)
     forward = torch.compile(model, dynamic=False) if args.compile else model

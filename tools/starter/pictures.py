@@ -14,6 +14,7 @@ from tools.emoji.treatments import TREATMENTS
 from tools.starter.run import batches
 
 PLAIN = -1
+CONTENTS = 500  # two CPU cores draw 500 contents well in the time in which they leave 700 as blobs
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,16 @@ class Pictures:
     keys: list[str]
 
 
-def training_contents(emoji: Emoji) -> list[str]:
+def drawn_contents(emoji: Emoji) -> list[str]:
     """Training contents that all training styles draw, without signs and buttons, which are mostly lettering."""
     drawn = (c for c in emoji.train_contents if emoji.category(c) != "symbols")
     return [c for c in drawn if all((c, style) in emoji for style in emoji.train_styles)]
+
+
+def training_contents(emoji: Emoji) -> list[str]:
+    """The `CONTENTS` that the base learns, spread evenly over those drawn in all training styles."""
+    drawn = drawn_contents(emoji)
+    return [drawn[i * len(drawn) // CONTENTS] for i in range(min(CONTENTS, len(drawn)))]
 
 
 def training_pictures(emoji: Emoji) -> Pictures:

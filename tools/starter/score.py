@@ -17,7 +17,7 @@ from qrlora import starter
 from qrlora.adapter import base_hash, target_layers
 from qrlora.models import LoadedModel, load_pipeline
 from tools.emoji.dataset import Emoji
-from tools.emoji.scores import Features, Judge
+from tools.emoji.scores import Features, Judge, Through
 from tools.starter.autoencoder import psnr, to_pixels
 from tools.starter.captions import caption
 from tools.starter.pictures import training_contents
@@ -54,6 +54,20 @@ def reconstruction(emoji: Emoji, model: LoadedModel) -> dict[str, float]:
     return rows
 
 
+def there_and_back(model: LoadedModel) -> Through:
+    """Pictures through the model's autoencoder: uint8 [N, H, W, 3] to the same, its blur in them."""
+
+    @torch.no_grad()
+    def through(pictures: np.ndarray) -> np.ndarray:
+        vae, shown = model.pipeline.vae, []
+        for part in torch.from_numpy(pictures).split(64):
+            pixels = vae.decode(vae.encode(to_pixels(part)).latent_dist.mode()).sample.clamp(-1, 1)
+            shown.append(pixels.add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1))
+        return torch.cat(shown).numpy()
+
+    return through
+
+
 def sheet(drawn: np.ndarray, true: np.ndarray, columns: int = 20) -> Image.Image:
     """True pictures above drawn ones, pair by pair."""
     count, size = len(drawn), drawn.shape[1]
@@ -69,11 +83,11 @@ def score(emoji: Emoji, model: LoadedModel, features: Features) -> tuple[dict[st
     """The report, and the drawn pictures."""
     pairs = seen_pairs(emoji)
     contents = [content for content, _ in pairs]
-    judge = Judge.make(emoji, features, emoji.train_styles, contents)
+    judge = Judge.make(emoji, features, emoji.train_styles, contents, through=there_and_back(model))
     drawn = draw(model, [caption(emoji.name(c), s, None) for c, s in pairs])
-    rows = features(drawn)
-    right = sum(judge.content(rows[i : i + 1], s, contents)[0] == c for i, (c, s) in enumerate(pairs)) / len(pairs)
-    styles = sum(said == s for said, (_, s) in zip(judge.style(rows), pairs, strict=True)) / len(pairs)
+    said = judge.content(drawn, [s for _, s in pairs], contents)
+    right = sum(one == c for one, (c, _) in zip(said, pairs, strict=True)) / len(pairs)
+    styles = sum(said == s for said, (_, s) in zip(judge.style(drawn), pairs, strict=True)) / len(pairs)
     report = {
         "command": COMMAND,
         "torch": torch.__version__,
@@ -84,7 +98,8 @@ def score(emoji: Emoji, model: LoadedModel, features: Features) -> tuple[dict[st
         "pairs": len(pairs),
         "right_content": right,
         "right_style": styles,
-        "style_classifier_on_true_pictures": round(judge.own_accuracy, 4),
+        "style_classifier_on_true_pictures": round(judge.accuracy, 4),
+        "style_classifier_on_reconstructions": round(judge.accuracy_shown or 0.0, 4),
     }
     return report, drawn
 
@@ -101,7 +116,9 @@ def table(report: dict[str, Any]) -> str:
     ]
     rows.append((f"nearest to the right one of {report['pairs']} contents", f"{report['right_content']:.2f}", ".8"))
     rows.append(("classified as the right style", f"{report['right_style']:.2f}", ".9"))
-    rows.append(("the classifier on true pictures", f"{report['style_classifier_on_true_pictures']:.2f}", ""))
+    for what in ("true pictures", "reconstructions"):
+        share = report[f"style_classifier_on_{what.replace(' ', '_')}"]
+        rows.append((f"the style classifier on {what}, all styles of these contents", f"{share:.2f}", ""))
     lines = ["# The embedded base", "", f"`{report['command']}`; torch {report['torch']}, {report['machine']}."]
     lines += [f"Base {report['base']}.", "", "| score | value | aim |", "|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
