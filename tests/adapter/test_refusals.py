@@ -40,7 +40,9 @@ class TestRefused:
             add_adapter(denoiser, spec_for("flux", **fields), "content")
         assert str(denoiser) == before
 
-    @pytest.mark.parametrize("name", ["a", "", "a.b", "with space", "my_lora_x", "keys", "train"])
+    @pytest.mark.parametrize(
+        "name", ["a", "", "a.b", "with space", "my_lora_x", "keys", "train", "training", "_modules"]
+    )
     def test_names(self, name: str) -> None:
         with pytest.raises(QrloraError, match="cannot be used"):
             add_adapter(tiny_flux(), spec_for("flux"), name)

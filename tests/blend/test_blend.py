@@ -1,5 +1,6 @@
 """The whole job on a tiny pipeline."""
 
+import hashlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from PIL import Image, ImageChops
 
 from qrlora.adapter import attach_adapter, remove_adapter
 from qrlora.blend import BlendConfig, BlendResult, Painter, blend, read_provenance, roles
+from qrlora.blend.provenance import SheetProvenance, read_chunk
 from qrlora.errors import QrloraError
 from qrlora.formats import read_adapter
 from qrlora.models import LoadedModel
@@ -89,6 +91,22 @@ def test_sweep_has_a_row_for_each_checkpoint_and_the_end(made: BlendResult) -> N
     assert (_pixels(folder / "sweep-content-end-1.png") == _pixels(folder / "content.png")).all()
 
 
+def test_sweep_names_the_adapters_in_it(made: BlendResult) -> None:
+    assert made.sweep is not None
+    chunk = read_chunk(made.sweep)
+    assert isinstance(chunk, SheetProvenance)
+    stages = [f"train/{role}/checkpoint-2/adapter.safetensors" for role in ("content", "style")]
+    assert [use.file for use in chunk.adapters] == [*stages, "content.safetensors", "style.safetensors"]
+    for use in chunk.adapters:
+        assert use.sha256 == hashlib.sha256((made.sweep.parent / use.file).read_bytes()).hexdigest()
+    sheet = read_chunk(made.sheet)
+    assert isinstance(sheet, SheetProvenance)
+    assert [(use.file, use.weight) for use in sheet.adapters] == [
+        ("content.safetensors", 1.0),
+        ("style.safetensors", 1.0),
+    ]
+
+
 def test_every_picture_can_be_repeated_from_its_own_text(made: BlendResult, model: LoadedModel) -> None:
     folder = made.sheet.parent / "pictures"
     for name in ("base", "content", "merge-1-0.5", "sweep-merge-2-0.75"):
@@ -164,6 +182,7 @@ def test_nothing_is_written_over(
         {"content": None, "content_adapter": ("content.safetensors", "content.safetensors")},
         {"style": "blend.png"},
         {"style": "train/style/picture.png"},
+        {"style": "pictures/merged.png"},
     ],
 )
 def test_overwrite_spares_what_is_given(
@@ -221,12 +240,20 @@ def test_interrupted_blend_continues_to_the_same_adapters(
         ({"style_config": "nowhere.yaml"}, r"nowhere\.yaml cannot be read"),
         ({"method": "mean"}, r"--method mean is not known; .*concat"),
         ({"height": 33}, r"--height 33 must be a multiple of"),
+        ({"style_config": "wrong.yaml"}, r"target_modules: 'attn\.to_qq' matches no"),
         ({"sweep_steps": 4}, r"--sweep-steps 4 must be less than the 4 steps"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(
-    changes: dict, words: str, make_config: MakeConfig, model: LoadedModel, tmp_path: Path
+    changes: dict,
+    words: str,
+    make_config: MakeConfig,
+    model: LoadedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.yaml").write_text("adapter: {target_modules: [attn.to_qq]}\n")
     with pytest.raises(QrloraError, match=words):
         blend(make_config(tmp_path / "out", **changes), loaded=model, progress=False)
     assert not (tmp_path / "out").exists()

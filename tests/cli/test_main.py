@@ -46,6 +46,10 @@ from tests.cli.conftest import Run
         ("inspect nowhere.png", "nowhere.png"),
         ("basis --rank 9999", "9999"),
         ("basis --basis qqq", "'qqq'"),
+        ("basis --basis lora", "--basis lora has no basis"),
+        ("generate --prompt x --max-sequence-length 600 --output x.png", "max_sequence_length=600 is above 512"),
+        ("generate --prompt x --guidance-scale nan --output x.png", "--guidance-scale nan is not valid"),
+        ("blend --true-cfg-scale inf", "--true-cfg-scale inf is not valid"),
         ("config", "config init"),
         ("config check nowhere.yaml", "nowhere.yaml"),
         ("train nowhere.yaml", "nowhere.yaml"),
@@ -143,3 +147,21 @@ def test_module_runs_and_leaves_libraries_quiet(desk: Path, tiny_flux: Path) -> 
     done = subprocess.run(line, capture_output=True, text=True, check=True, env=environment | {"PYTHONPATH": source})
     assert done.stdout == "picture.png\n"
     assert done.stderr == ""
+
+
+def test_torchvision_is_not_advised_at_any_verbosity(desk: Path, tiny_flux: Path) -> None:
+    """And transformers' other warnings go on as the user's own setting wants them."""
+    code = (
+        "import sys, logging; from qrlora.cli import main;"
+        "code = main(['generate', '--model', sys.argv[1], '--prompt', 'a dog']);"
+        "from transformers.utils import import_utils; import_utils.logger.warning('another one'); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_flux)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2]), "TRANSFORMERS_VERBOSITY": "warning"},
+    )
+    assert "torchvision" not in done.stderr
+    assert "another one" in done.stderr

@@ -1,6 +1,7 @@
 """Each verb does its work."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 import yaml
 from PIL import Image, ImageChops
 
+from qrlora.blend import Provenance
+from qrlora.blend.provenance import save_picture
 from qrlora.formats import read_adapter
 from qrlora.training import Interrupted, TrainConfig
 from tests.cli.conftest import Run
@@ -106,6 +109,93 @@ def test_repeat_is_refused_on_another_base(
     assert run("generate --prompt a_<c>_dog --output x.png") == 0
     assert run(f"generate --from x.png --output y.png --model {other}") == 2
     assert "another base model" in capsys.readouterr().err
+
+
+def _picture_of(model: str | None, path: Path) -> Path:
+    """A picture that says it was made with `model`."""
+    chunk = Provenance(prompt="a", seed=0, model=model, model_hash="0", settings={}, device="cpu", dtype="float32")
+    return save_picture(Image.new("RGB", (8, 8)), path, chunk)
+
+
+@pytest.mark.parametrize("model", ["nobody/nothing-here", "/nowhere/model", "a; echo $HOME", "\x1b[2J"])
+def test_no_model_is_fetched_on_a_pictures_word(
+    run: Run, desk: Path, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qrlora.models.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+    _picture_of(model, Path("x.png"))
+    assert run("generate --from x.png --output y.png") == 2
+    said = capsys.readouterr().err
+    assert f"x.png names the model {model!r}" in said
+    assert "add --model " in said
+    assert "\x1b" not in said
+    assert said.count("\n") == 1
+
+
+def test_a_pictures_model_is_announced_and_found_from_anywhere(
+    run: Run, desk: Path, tiny_flux: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (desk / "model").symlink_to(tiny_flux)
+    assert run("generate --prompt a_<c>_dog --model model --output x.png") == 0
+    (desk / "elsewhere").mkdir()
+    monkeypatch.chdir(desk / "elsewhere")
+    capsys.readouterr()
+    assert run("generate --from ../x.png --output y.png") == 0
+    said = capsys.readouterr().err
+    assert said.startswith(f"model named in ../x.png: {str(tiny_flux)!r}\n")
+    assert "identical" in said
+
+
+def test_a_validation_picture_is_told_from_others(run: Run, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "train --instance-data-dir dog.png --instance-prompt a_<c>_dog --output-dir dog --max-train-steps 1"
+    assert run(f"{line} --validation-prompt a_<c>_cat") == 0
+    capsys.readouterr()
+    picture = "dog/validation/step-000001-0.png"
+    assert run(f"generate --from {picture} --output y.png") == 2
+    said = capsys.readouterr().err
+    assert f"{picture} is a validation picture of a training at step 1" in said
+    assert said.count("\n") == 1
+    assert run(f"inspect {picture} --json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["prompt"], facts["step"], facts["model"]) == ("a <c> cat", 1, "tiny-flux")
+
+
+@pytest.fixture
+def coefficients(adapter: Path, desk: Path) -> Path:
+    return read_adapter(adapter).save(desk / "small.safetensors", coefficients_only=True)
+
+
+def test_inspect_of_coefficients_alone(run: Run, coefficients: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run("inspect small.safetensors") == 0
+    shown = capsys.readouterr().out
+    assert "coefficients only: needs the base to be used" in shown
+    assert "fingerprint" in shown
+    assert run("inspect small.safetensors --json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert run("inspect dog/adapter.safetensors --json") == 0
+    whole = json.loads(capsys.readouterr().out)
+    for key in ("rank", "layers", "trained", "header", "component"):
+        assert facts[key] == whole[key], key
+
+
+def test_merge_of_coefficients_alone(
+    run: Run, adapter: Path, coefficients: Path, desk: Path, tiny_flux: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = read_adapter(adapter)
+    for extra in ("", f" --model {tiny_flux}"):  # its header names the embedded base
+        assert run(f"merge small.safetensors dog/adapter.safetensors --output m.safetensors --overwrite{extra}") == 0
+        assert "its bases are computed again on tiny-flux" in capsys.readouterr().err
+        for name, pair in read_adapter(desk / "m.safetensors").layers.items():
+            torch.testing.assert_close(pair.delta(), 2 * one.layers[name].delta(), rtol=1e-4, atol=1e-6)
+    assert one.header is not None
+    header = one.header.model_copy(update={"base_model": "nobody/nothing-here"})
+    replace(one, header=header).save(coefficients, coefficients_only=True)
+    assert run("merge small.safetensors --output n.safetensors") == 2
+    said = capsys.readouterr().err
+    assert "small.safetensors holds coefficients only" in said
+    assert "'nobody/nothing-here'" in said
+    assert "give it with --model" in said
+    assert not (desk / "n.safetensors").exists()
 
 
 def test_inspect(run: Run, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:

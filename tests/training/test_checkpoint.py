@@ -108,3 +108,11 @@ def test_leftovers_of_others_stay(tmp_path: Path) -> None:
     (tmp_path / ".losses.json.0a1b2c3d.tmp").write_text("half")
     clear_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".notes.tmp"]
+
+
+def test_replacing_writes_anew(tmp_path: Path) -> None:
+    folder = _save(tmp_path, 2)
+    state = {"param/a": torch.zeros(3)}
+    for replace, expected in ((False, 2.0), (True, 0.0)):
+        save_checkpoint(tmp_path, 2, {"seed": 1}, state, lambda path: write_safetensors(path, state), replace=replace)
+        assert open_checkpoint(folder).tensors()["param/a"].tolist() == [expected] * 3

@@ -59,7 +59,7 @@ def attach_adapter(
     mixin = as_mixin(denoiser)
     check_new_name(denoiser, adapter_name)
     check_weight(weight)
-    _check_fits(denoiser, adapter)
+    check_fits(denoiser, adapter)
     injection = _injection(adapter, trainable, spec)
     before = active_adapters(denoiser)
     inject(denoiser, adapter_name, injection)
@@ -109,7 +109,12 @@ def _resolved(file: CoefficientsFile, name: str, module: nn.Module, cache: Basis
     return LowRank(part.trained, vectors.T.reshape(rank, *weight.shape[1:]))
 
 
-def _check_fits(denoiser: nn.Module, adapter: Adapter) -> None:
+def check_fits(denoiser: nn.Module, adapter: Adapter) -> None:
+    """Refuse an adapter that `attach_adapter` would refuse for its layers or its base model; changes nothing.
+
+    Raises:
+        QrloraError: another base model, or a layer that is missing or of another shape, naming the layer.
+    """
     modules = adaptable_layers(denoiser)
     _check_layers(modules, list(adapter.layers), adapter.component, denoiser, adapter.label)
     for layer in adapter.layers:

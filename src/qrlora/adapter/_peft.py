@@ -112,10 +112,14 @@ def check_new_name(denoiser: nn.Module, adapter_name: str) -> None:
         raise QrloraError(
             f"there is already an adapter {adapter_name!r} on the denoiser; remove it first or choose another name."
         )
-    # One letter is found inside other keys by diffusers' substring search; peft keeps adapters as attributes of a
-    # ModuleDict.
-    bad = not re.fullmatch(r"\w[\w-]+", adapter_name) or "lora_" in adapter_name or hasattr(nn.ModuleDict, adapter_name)
-    if bad:
+    # peft keeps adapters as attributes of a ModuleDict, which has some of its own only once it is made (`training`).
+    if hasattr(nn.ModuleDict(), adapter_name):
+        raise QrloraError(
+            f"adapter name {adapter_name!r} cannot be used, since torch's modules have an attribute of that name; take "
+            "another, such as 'content'."
+        )
+    # One letter is found inside other keys by diffusers' substring search; a dot separates modules.
+    if not re.fullmatch(r"\w[\w-]+", adapter_name) or "lora_" in adapter_name:
         raise QrloraError(
             f"adapter name {adapter_name!r} cannot be used; take two or more letters, digits, - or _, such "
             "as 'content'."

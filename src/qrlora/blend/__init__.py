@@ -10,7 +10,7 @@ from qrlora.blend.config import BlendConfig
 
 if TYPE_CHECKING:
     from qrlora.blend.job import BlendResult, blend
-    from qrlora.blend.painter import Painter, Picture, choose_place
+    from qrlora.blend.painter import Painter, Picture, choose_place, settings_of
     from qrlora.blend.provenance import AdapterUse, Provenance, read_provenance
     from qrlora.blend.sheet import Cell, Grid, draw_sheet
 
@@ -26,6 +26,7 @@ _HOMES = {
     "choose_place": "painter",
     "draw_sheet": "sheet",
     "read_provenance": "provenance",
+    "settings_of": "painter",
 }
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "choose_place",
     "draw_sheet",
     "read_provenance",
+    "settings_of",
 ]
 
 

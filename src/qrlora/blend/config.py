@@ -80,8 +80,8 @@ class BlendConfig(BaseModel):
     """Of the pictures, in pixels."""
     width: int | None = Field(default=None, gt=0)
     num_inference_steps: int | None = Field(default=None, gt=0)
-    guidance_scale: float | None = None
-    true_cfg_scale: float | None = None
+    guidance_scale: float | None = Field(default=None, allow_inf_nan=False)
+    true_cfg_scale: float | None = Field(default=None, allow_inf_nan=False)
     negative_prompt: str | None = None
 
     @model_validator(mode="after")

@@ -7,22 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from qrlora import starter
+from qrlora.blend.checks import check_output, check_plan
 from qrlora.blend.config import BlendConfig
-from qrlora.blend.painter import Painter, choose_place
-from qrlora.blend.provenance import AdapterUse, SheetProvenance, file_hash, save_picture
+from qrlora.blend.painter import Painter, choose_place, settings_of
+from qrlora.blend.provenance import save_picture
 from qrlora.blend.report import adapter_report, write_report
 from qrlora.blend.roles import ROLES, Part, Role, copy_file, plan_parts, train_part
 from qrlora.blend.sheet import Cell, Grid, draw_sheet
 from qrlora.blend.sweep import draw_sweep
-from qrlora.errors import QrloraError
 from qrlora.formats import Adapter, read_adapter
-from qrlora.merging import merge, merge_names
-from qrlora.models import GenerationDefaults, LoadedModel, load_pipeline
+from qrlora.merging import merge
+from qrlora.models import LoadedModel, load_pipeline
 from qrlora.training import TrainResult
 
 
@@ -80,14 +79,12 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
     """
     clock = _Clock()
     output = config.output
-    _check_output(config)
-    if config.method not in merge_names():
-        raise QrloraError(f"--method {config.method} is not known; the known ones are {', '.join(merge_names())}.")
+    check_output(config)
     parts, prompt = plan_parts(config)
     with clock.phase("load"):
         model = loaded if loaded is not None else _load(config)
     settings = settings_of(config, model.defaults)
-    _check_plan(config, parts, model, settings)
+    check_plan(config, parts, model, settings)
     painter = Painter(model, config.model, settings)
     trained: dict[Role, TrainResult | None] = {}
     for role in ROLES:
@@ -135,61 +132,6 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
         },
     )
     return BlendResult(files["content"], files["style"], merged_file, sheet, sweep, report, clock.seconds)
-
-
-def settings_of(config: Any, defaults: GenerationDefaults) -> GenerationDefaults:
-    """The model's generation settings with what `config` gives under the same names laid over them."""
-    given = {name: getattr(config, name, None) for name in GenerationDefaults.model_fields}
-    return defaults.model_copy(update={name: value for name, value in given.items() if value is not None})
-
-
-def _check_output(config: BlendConfig) -> None:
-    output = config.output
-    if output.exists() and not output.is_dir():
-        raise QrloraError(f"--output {output} is a file; name a folder.")
-    if config.overwrite or config.resume:
-        return _check_inputs_survive(config)
-    for name in ("report.json", "blend.png", "content.safetensors", "style.safetensors", "merged.safetensors", "train"):
-        if (output / name).exists():
-            raise QrloraError(
-                f"--output {output} holds an earlier blend ({name}); name another folder, continue it with --resume, "
-                "or replace it with --overwrite."
-            )
-
-
-def _check_inputs_survive(config: BlendConfig) -> None:
-    """Refuse a given picture or adapter that this blend would write over or remove."""
-    output = config.output.resolve()
-    written = {
-        output / name for name in ("content.safetensors", "style.safetensors", "merged.safetensors", "blend.png")
-    }
-    for role in ROLES:
-        given: Path | None = getattr(config, role)
-        files = config.adapters(role)
-        for path in (*files, *(() if given is None else (given,))):
-            place = path.resolve()
-            if files == (path,) and place == output / f"{role}.safetensors":
-                continue  # stays as it is
-            if place in written or (config.overwrite and place.is_relative_to(output / "train")):
-                raise QrloraError(
-                    f"{path} is among the files that this blend replaces in --output {config.output}; copy it "
-                    "elsewhere first and give the copy."
-                )
-
-
-def _check_plan(config: BlendConfig, parts: dict[Role, Part], model: LoadedModel, settings: GenerationDefaults) -> None:
-    """What would fail only after the training, or show nothing."""
-    multiple = model.family.latent_multiple(model.pipeline)
-    for name, value in (("height", settings.height), ("width", settings.width)):
-        if value % multiple:
-            raise QrloraError(f"--{name} {value} must be a multiple of {multiple} for {model.model_id}.")
-    trainings = [part.training.with_defaults(model.training) for part in parts.values() if part.training is not None]
-    steps = max((training.max_train_steps for training in trainings), default=0)
-    if config.sweep_steps is not None and config.sweep_steps >= steps:
-        raise QrloraError(
-            f"--sweep-steps {config.sweep_steps} must be less than the {steps} steps of the training, or the sweep "
-            "shows nothing but its end."
-        )
 
 
 def _forget_pictures(output: Path) -> None:
@@ -274,27 +216,12 @@ def _draw(config: BlendConfig, painter: Painter, parts: dict[Role, Part], prompt
         ],
     ]
     sheet = draw_sheet(f'"{prompt}"', subtitle, cells, [grid])
-    return save_picture(sheet, config.output / "blend.png", sheet_provenance(config, painter, prompt, made))
-
-
-def sheet_provenance(config: BlendConfig, painter: Painter, prompt: str, pictures: list[str]) -> SheetProvenance:
-    """What stands in the text chunk of a sheet: the job, and where its single pictures are."""
     uses = [
-        AdapterUse(file=file.name, sha256=file_hash(file), weight=weight)
-        for file, weight in (
-            (config.output / "content.safetensors", config.content_weight),
-            (config.output / "style.safetensors", config.style_weight),
-        )
+        (config.output / "content.safetensors", config.content_weight),
+        (config.output / "style.safetensors", config.style_weight),
     ]
-    return SheetProvenance(
-        prompt=prompt,
-        seed=config.seed,
-        model=config.model,
-        model_hash=painter.model_hash,
-        adapters=tuple(uses),
-        settings=painter.settings.model_dump(),
-        pictures=tuple(pictures),
-    )
+    path = config.output / "blend.png"
+    return save_picture(sheet, path, painter.sheet_provenance(path, prompt, config.seed, uses, made))
 
 
 def _subtitle(config: BlendConfig, model: LoadedModel, adapters: dict[Role, Adapter], note: str) -> str:

@@ -1,7 +1,7 @@
 """Pictures of a model with any of its attached adapters at any weights, each knowing how it was made."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor
 
 from qrlora import __version__
@@ -22,10 +23,17 @@ from qrlora.adapter import (
     set_adapters,
     target_layers,
 )
-from qrlora.blend.provenance import AdapterUse, Provenance, file_hash, relative_to_picture, save_picture
+from qrlora.blend.provenance import (
+    AdapterUse,
+    Provenance,
+    SheetProvenance,
+    file_hash,
+    model_reference,
+    relative_to_picture,
+    save_picture,
+)
 from qrlora.errors import QrloraError
-from qrlora.formats import Adapter, read_adapter, read_coefficients, read_metadata
-from qrlora.formats._coefficients import is_coefficients
+from qrlora.formats import Adapter, is_coefficients, read_adapter, read_coefficients, read_metadata
 from qrlora.models import GenerationDefaults, LoadedModel
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft")
@@ -44,6 +52,22 @@ def choose_place(device: str | None) -> tuple[torch.device, torch.dtype]:
     except (RuntimeError, AssertionError) as error:
         raise QrloraError(f"--device {device} is not to be had here; try --device cpu.") from error
     return place, torch.bfloat16 if place.type == "cuda" else torch.float32
+
+
+def settings_of(config: Any, defaults: GenerationDefaults) -> GenerationDefaults:
+    """The model's generation settings with what `config` gives under the same names laid over them.
+
+    Raises:
+        QrloraError: a value that is not valid, named as the option.
+    """
+    given = {name: getattr(config, name, None) for name in GenerationDefaults.model_fields}
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        return GenerationDefaults.model_validate(defaults.model_dump() | given)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = str(problem["loc"][0]).replace("_", "-")
+        raise QrloraError(f"--{option} {problem['input']} is not valid: {problem['msg']}.") from error
 
 
 def library_versions() -> dict[str, str]:
@@ -67,7 +91,7 @@ class Painter:
 
     Args:
         loaded: the model; adapters are attached to its denoiser by `attach` and stay until `detach`.
-        model: what the user called the model; None is the embedded base.
+        model: what the user called the model; None is the embedded base. Kept absolute where it is a folder.
         settings: size, steps, guidance.
     """
 
@@ -81,6 +105,7 @@ class Painter:
 
     def __post_init__(self) -> None:
         denoiser = self.loaded.denoiser
+        self.model = model_reference(self.model)
         self.model_hash = base_hash(denoiser, target_layers(denoiser, "auto"))
 
     def attach(self, name: str, path: Path) -> Adapter:
@@ -156,4 +181,21 @@ class Painter:
             device=str(denoiser.device.type),
             dtype=str(denoiser.dtype).removeprefix("torch."),
             versions=library_versions(),
+        )
+
+    def sheet_provenance(
+        self, path: Path, prompt: str, seed: int, adapters: Sequence[tuple[Path, float]], pictures: Sequence[str]
+    ) -> SheetProvenance:
+        """What stands in a sheet at `path`: the job, its adapter files, and where its single pictures are."""
+        return SheetProvenance(
+            prompt=prompt,
+            seed=seed,
+            model=self.model,
+            model_hash=self.model_hash,
+            adapters=tuple(
+                AdapterUse(file=relative_to_picture(file, path), sha256=file_hash(file), weight=weight)
+                for file, weight in adapters
+            ),
+            settings=self.settings.model_dump(),
+            pictures=tuple(pictures),
         )

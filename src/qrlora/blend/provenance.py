@@ -39,7 +39,7 @@ class Provenance(BaseModel):
 
     Args:
         prompt, seed: of the one picture.
-        model: hub id or folder; None is the embedded base.
+        model: hub id or absolute folder; None is the embedded base.
         model_hash: of the denoiser's adapted layers, so that another base under the same name is noticed.
         adapters: in the order in which they were attached.
         settings: generation settings by the pipeline's own argument names.
@@ -76,6 +76,21 @@ class SheetProvenance(BaseModel):
     pictures: tuple[str, ...]
 
 
+class SampleProvenance(BaseModel):
+    """What made a validation picture of a training: an adapter at `step` that was in memory, and maybe nowhere else."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str
+    seed: int
+    step: int
+    model: str
+    settings: dict[str, Any]
+
+
+Chunk = Provenance | SheetProvenance | SampleProvenance
+
+
 def file_hash(path: Path) -> str:
     """sha256 of an adapter file, or of the weights file inside a peft folder."""
     if path.is_dir():
@@ -95,6 +110,11 @@ def relative_to_picture(file: Path, picture: Path) -> str:
         return file.resolve().as_posix()
 
 
+def model_reference(model: str | None) -> str | None:
+    """What the user called a model, as it is understood from any working folder: a folder becomes absolute."""
+    return str(Path(model).resolve()) if model is not None and Path(model).is_dir() else model
+
+
 def save_picture(picture: Image.Image, path: Path, chunk: BaseModel) -> Path:
     """Write a PNG atomically, with `chunk` as JSON under the text key `qrlora`."""
     text = PngInfo()
@@ -110,16 +130,22 @@ def read_provenance(path: Path) -> Provenance:
     """The provenance of one generated picture.
 
     Raises:
-        QrloraError: no picture, no `qrlora` chunk, or one of a whole sheet (its single pictures have their own).
+        QrloraError: no picture, no `qrlora` chunk, one of a whole sheet (its single pictures have their own), or one of
+            a training's validation.
     """
     chunk = read_chunk(path)
+    if isinstance(chunk, SampleProvenance):
+        raise QrloraError(
+            f"{path} is a validation picture of a training at step {chunk.step}, which names no adapter file to repeat "
+            "it with; give a checkpoint's adapter to qrlora generate --adapter instead."
+        )
     if isinstance(chunk, SheetProvenance):
         raise QrloraError(f"{path} is a sheet of many pictures; repeat one of those in its 'pictures' folder.")
     return chunk
 
 
-def read_chunk(path: Path) -> Provenance | SheetProvenance:
-    """What a picture of ours says of itself, one picture or a sheet.
+def read_chunk(path: Path) -> Chunk:
+    """What a picture of ours says of itself: one picture, a sheet, or a validation picture.
 
     Raises:
         QrloraError: no picture, or no `qrlora` chunk.
@@ -141,6 +167,8 @@ def read_chunk(path: Path) -> Provenance | SheetProvenance:
         chunk = json.loads(text)
         if isinstance(chunk, dict) and "pictures" in chunk:
             return SheetProvenance.model_validate(chunk)
+        if isinstance(chunk, dict) and "step" in chunk:
+            return SampleProvenance.model_validate(chunk)
         return Provenance.model_validate(chunk)
     except (json.JSONDecodeError, RecursionError, ValidationError) as error:
         raise QrloraError(f"{path}: its '{PNG_KEY}' text chunk is damaged or of another version.") from error

@@ -11,7 +11,7 @@ from PIL import Image
 
 from qrlora.blend.config import BlendConfig
 from qrlora.blend.painter import Painter
-from qrlora.blend.provenance import SheetProvenance, save_picture
+from qrlora.blend.provenance import save_picture
 from qrlora.blend.roles import ROLES, Part, Role
 from qrlora.blend.sheet import Grid, draw_sheet
 from qrlora.training import checkpoint_folders, open_checkpoint
@@ -54,15 +54,11 @@ def draw_sweep(
         for name, rows in columns.items()
     ]
     sheet = draw_sheet("When to stop: checkpoints against weights", f"seed {config.seed}", [], grids)
-    chunk = SheetProvenance(
-        prompt=prompt,
-        seed=config.seed,
-        model=config.model,
-        model_hash=painter.model_hash,
-        settings=painter.settings.model_dump(),
-        pictures=tuple(made),
-    )
-    return save_picture(sheet, config.output / "sweep.png", chunk)
+    path = config.output / "sweep.png"
+    used = dict.fromkeys(file for adapters in stages.values() for file in adapters.values())
+    # at weight 1, which each column multiplies
+    chunk = painter.sheet_provenance(path, prompt, config.seed, [(file, 1.0) for file in used], made)
+    return save_picture(sheet, path, chunk)
 
 
 def _paint(

@@ -5,6 +5,7 @@ traceback.
 """
 
 import difflib
+import logging
 import os
 import sys
 import warnings
@@ -80,6 +81,12 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Of no concern at any verbosity: the pipelines import image processors that text-to-image never calls.
+    logging.getLogger("transformers.utils.import_utils").addFilter(_is_no_torchvision_advice)
+
+
+def _is_no_torchvision_advice(record: logging.LogRecord) -> bool:
+    return "requires torchvision (not installed)" not in record.getMessage()
 
 
 def _show_warning(

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from qrlora.cli._options import parse_options, say
+from qrlora.errors import QrloraError
 
 
 class BasisOptions(BaseModel):
@@ -32,6 +33,8 @@ class BasisOptions(BaseModel):
 def run(arguments: Sequence[str]) -> None:
     """Parse, compute, and say where the entries are."""
     options = parse_options(BasisOptions, "basis", arguments)
+    if options.basis == "lora":
+        raise QrloraError("--basis lora has no basis to compute: plain LoRA trains both factors; choose qr or another.")
     from qrlora import starter
     from qrlora.adapter import AdapterSpec, BasisCache, add_adapter
     from qrlora.blend import choose_place

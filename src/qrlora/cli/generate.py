@@ -1,5 +1,6 @@
 """`qrlora generate`: pictures with adapters at weights, or a picture of ours again."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +25,8 @@ class GenerateOptions(BaseModel):
     overwrite: bool = False
     """Replace the output file."""
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """A picture made by qrlora: repeat it, with its own model, adapters, prompt, seed and settings."""
+    """A picture made by qrlora: repeat it, with its own adapters, prompt, seed and settings, and its own model where
+    that is the embedded base or a folder that is here."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Of the first picture; 0 where not given."""
     num_images: int = Field(default=1, gt=0)
@@ -37,8 +39,8 @@ class GenerateOptions(BaseModel):
     """In pixels."""
     width: int | None = Field(default=None, gt=0)
     num_inference_steps: int | None = Field(default=None, gt=0)
-    guidance_scale: float | None = None
-    true_cfg_scale: float | None = None
+    guidance_scale: float | None = Field(default=None, allow_inf_nan=False)
+    true_cfg_scale: float | None = Field(default=None, allow_inf_nan=False)
     negative_prompt: str | None = None
     max_sequence_length: int | None = Field(default=None, gt=0)
 
@@ -72,7 +74,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def _generate(options: GenerateOptions, prompt: str, outputs: Sequence[Path]) -> None:
     adapters = [split_weight(text) for text in options.adapter]
-    from qrlora.blend.job import settings_of
+    from qrlora.blend import settings_of
 
     painter = _painter(options.model, options.device)
     painter.settings = settings_of(options, painter.settings)
@@ -103,7 +105,7 @@ def _repeat(options: GenerateOptions, source: Path) -> None:
     for file, use in files:
         if file_hash(file) != use.sha256:
             raise QrloraError(f"{file} has changed since {source} was made with it, so the picture cannot be repeated.")
-    painter = _painter(options.model or made.model, options.device)
+    painter = _painter(options.model or _model_of_picture(made.model, source), options.device)
     if painter.model_hash != made.model_hash:
         raise QrloraError(
             f"{source} was made with another base model than {painter.loaded.model_id} (or in another precision than "
@@ -123,6 +125,22 @@ def _repeat(options: GenerateOptions, source: Path) -> None:
     difference = max(high for _, high in extrema)
     say("identical" if difference == 0 else f"differs by at most {difference} of 255: another machine or version")
     print(painter.save(picture, options.output))
+
+
+def _model_of_picture(model: str | None, source: Path) -> str | None:
+    """The model that a picture names, announced; a picture may be anybody's, so it alone has nothing downloaded.
+
+    Raises:
+        QrloraError: neither the embedded base nor a folder that is here.
+    """
+    if model is not None and not Path(model).is_dir():
+        typed = shlex.quote(model) if model.isprintable() else "NAME"
+        raise QrloraError(
+            f"{source} names the model {model!r}, which is no folder here and is not downloaded on a picture's word; "
+            f"if you want it, add --model {typed} (or the folder where you have it)."
+        )
+    say(f"model named in {source}: {'the embedded base' if model is None else repr(model)}")
+    return model
 
 
 def _painter(model: str | None, device: str | None) -> Any:

@@ -3,12 +3,15 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from pydantic import BaseModel, ConfigDict
 
 from qrlora.cli._options import parse_options
+
+if TYPE_CHECKING:
+    from qrlora.formats import Header
 
 
 class InspectOptions(BaseModel):
@@ -44,8 +47,10 @@ def _picture(path: Path) -> dict[str, Any]:
 def _adapter(path: Path, everything: bool) -> dict[str, Any]:
     from qrlora.blend.provenance import file_hash
     from qrlora.blend.report import trainable
-    from qrlora.formats import read_adapter
+    from qrlora.formats import is_coefficients, read_adapter, read_metadata
 
+    if path.is_file() and is_coefficients(read_metadata(path)):
+        return _coefficients(path, everything)
     adapter = read_adapter(path)
     pairs, header = adapter.layers.values(), adapter.header
     ranks = sorted({pair.rank for pair in pairs})
@@ -61,9 +66,38 @@ def _adapter(path: Path, everything: bool) -> dict[str, Any]:
     }
     if header is None:
         return facts | {"header": "none: a LoRA of another tool"}
-    dumped = header.model_dump(mode="json")
     if everything:
-        return facts | {"header": dumped, "shapes": {name: list(pair.shape) for name, pair in adapter.layers.items()}}
+        shapes = {name: list(pair.shape) for name, pair in adapter.layers.items()}
+        return facts | {"header": header.model_dump(mode="json"), "shapes": shapes}
+    return facts | _brief(header)
+
+
+def _coefficients(path: Path, everything: bool) -> dict[str, Any]:
+    """What a file without its bases can tell."""
+    from qrlora.blend.provenance import file_hash
+    from qrlora.formats import read_coefficients
+
+    file = read_coefficients(path)
+    header, parts = file.header, file.layers.values()
+    ranks = sorted({part.fingerprint.shape[0] for part in parts})
+    masked = sum(rank * (rank - 1) // 2 for rank in (part.fingerprint.shape[0] for part in parts))
+    facts: dict[str, Any] = {
+        "file": str(path),
+        "sha256": file_hash(path),
+        "kind": "coefficients only: needs the base to be used",
+        "component": file.component,
+        "layers": len(parts),
+        "rank": ranks[0] if len(ranks) == 1 else ranks,
+        "trained": sum(part.trained.numel() for part in parts) - (masked if header.mask == "upper" else 0),
+    }
+    if everything:
+        shapes = {name: list(part.trained.shape) for name, part in file.layers.items()}
+        return facts | {"header": header.model_dump(mode="json"), "coefficient_shapes": shapes}
+    return facts | _brief(header) | {"fingerprint": header.fingerprint}
+
+
+def _brief(header: "Header") -> dict[str, Any]:
+    dumped = header.model_dump(mode="json")
     brief = {
         key: dumped[key] for key in ("basis", "side", "mask", "method", "base_model", "base_hash", "trigger_words")
     }
@@ -72,4 +106,4 @@ def _adapter(path: Path, everything: bool) -> dict[str, Any]:
         {key: part.get(key) for key in ("weight", "basis", "rank", "trigger_words")}
         for part in header.merged_from or []
     ]
-    return facts | brief
+    return brief

@@ -1,14 +1,19 @@
 """`qrlora merge`: adapters into one adapter."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from pydantic import BaseModel, ConfigDict
 
 from qrlora.cli._options import parse_options, refuse_existing, say
 from qrlora.errors import QrloraError
+
+if TYPE_CHECKING:
+    import torch
+
+    from qrlora.formats import Adapter
 
 
 class MergeOptions(BaseModel):
@@ -17,7 +22,7 @@ class MergeOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     adapters: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Adapter files or peft folders."""
+    """Adapter files or peft folders; a file of coefficients alone is made whole on its base model first."""
     output: Path
     """The merged file, ending in .safetensors; or a folder, for a peft folder."""
     weights: tuple[float, ...] = ()
@@ -25,6 +30,9 @@ class MergeOptions(BaseModel):
     method: str = "auto"
     """auto (sum on one stored basis, else concat), sum, concat..."""
     save_dtype: Literal["fp32", "bf16"] = "fp32"
+    model: str | None = None
+    """Hub id or local diffusers folder: the base model of files that hold coefficients only; needed for those alone.
+    None means what they name, where that is the embedded base or a folder that is here."""
     overwrite: bool = False
     """Replace the output file."""
 
@@ -39,10 +47,10 @@ def run(arguments: Sequence[str]) -> None:
             f"--output {options.output} must end in .safetensors, or be a folder's name without a suffix."
         )
     refuse_existing(options.output, options.overwrite)
-    from qrlora.formats import read_adapter, write_peft_folder
+    from qrlora.formats import write_peft_folder
     from qrlora.merging import merge
 
-    merged = merge([read_adapter(path) for path in options.adapters], options.weights or None, options.method)
+    merged = merge(_read(options), options.weights or None, options.method)
     if as_file:
         merged.save(options.output, save_dtype=options.save_dtype)
     else:
@@ -51,3 +59,45 @@ def run(arguments: Sequence[str]) -> None:
     method = merged.header.method if merged.header is not None else options.method
     say(f"{len(options.adapters)} adapters merged by {method}: rank {rank}, {len(merged.layers)} layers")
     print(options.output)
+
+
+def _read(options: MergeOptions) -> "list[Adapter]":
+    """The adapters; the base models that coefficients alone need are loaded once each, in their own precision."""
+    from qrlora.adapter import resolve_coefficients
+    from qrlora.formats import is_coefficients, read_adapter, read_coefficients, read_metadata
+    from qrlora.models import LoadedModel, load_pipeline
+
+    found: list[Adapter] = []
+    bases: dict[tuple[str, torch.dtype], LoadedModel] = {}
+    for path in options.adapters:
+        if path.is_dir() or not is_coefficients(read_metadata(path)):
+            found.append(read_adapter(path))
+            continue
+        file = read_coefficients(path)
+        key = options.model or _base_named(path, file.header.base_model), _precision(file.header.weight_hashes)
+        if key not in bases:
+            bases[key] = load_pipeline(key[0], dtype=key[1])
+        say(f"{path}: its bases are computed again on {bases[key].model_id}")
+        found.append(resolve_coefficients(file, bases[key].denoiser))
+    return found
+
+
+def _base_named(path: Path, name: str | None) -> str:
+    """The embedded base or a folder that is here; a file may be anybody's, so it alone has nothing downloaded."""
+    from qrlora import starter
+    from qrlora.models import read_settings
+
+    if name is not None and Path(name).is_dir():
+        return name
+    if name is not None and name == read_settings(starter.path()).name:
+        return str(starter.path())
+    named = f" ({name!r} by its header)" if name is not None else ""
+    raise QrloraError(f"{path} holds coefficients only, which need their base model{named}; give it with --model.")
+
+
+def _precision(weight_hashes: Mapping[str, str]) -> "torch.dtype":
+    """That of the base weights the adapter was trained on: another one has other bases."""
+    import torch
+
+    label = next(iter(weight_hashes.values()), "").partition(":")[0]
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(label, torch.float32)

@@ -6,6 +6,7 @@ from qrlora.formats._coefficients import (
     Coefficients,
     CoefficientsFile,
     basis_vectors,
+    is_coefficients,
     read_coefficients,
     write_coefficients,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "SaveDtype",
     "atomic_write",
     "basis_vectors",
+    "is_coefficients",
     "read_adapter",
     "read_coefficients",
     "read_metadata",

@@ -1,5 +1,6 @@
 """The opt-in small file: trained factors alone, and fingerprints by which their bases are found again."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -71,7 +72,8 @@ def write_coefficients(adapter: Adapter, path: str | Path, *, save_dtype: SaveDt
     return write_safetensors(target, tensors, metadata)
 
 
-def is_coefficients(metadata: dict[str, str]) -> bool:
+def is_coefficients(metadata: Mapping[str, str]) -> bool:
+    """Whether a file with this metadata (`read_metadata`) holds coefficients only."""
     return metadata.get(KIND_KEY) == _KIND
 
 

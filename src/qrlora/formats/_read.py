@@ -30,7 +30,7 @@ def read_adapter(path: str | Path) -> Adapter:
         )
     if is_coefficients(read_metadata(source)):
         raise QrloraError(
-            f"{source} holds coefficients only, which need their base model: use "
-            "qrlora.adapter.resolve_coefficients(qrlora.formats.read_coefficients(path), denoiser)."
+            f"{source} holds coefficients only, which need their base model: qrlora merge {source} --model MODEL "
+            "--output FILE makes it whole (in Python, qrlora.adapter.resolve_coefficients)."
         )
     return read_native(source)

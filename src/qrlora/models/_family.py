@@ -23,9 +23,9 @@ class GenerationDefaults(BaseModel):
     width: int = Field(default=1024, gt=0)
     """Pixels."""
     num_inference_steps: int = Field(default=28, gt=0)
-    guidance_scale: float = 3.5
+    guidance_scale: float = Field(default=3.5, allow_inf_nan=False)
     """Distilled guidance (an embedding); without effect on a model that has no guidance embedding."""
-    true_cfg_scale: float = 1.0
+    true_cfg_scale: float = Field(default=1.0, allow_inf_nan=False)
     """Classifier-free guidance against `negative_prompt`; 1 is off, above 1 every step costs two passes."""
     negative_prompt: str = ""
     max_sequence_length: int = Field(default=512, gt=0)

@@ -23,8 +23,14 @@ from qrlora.models._family import Family, GenerationDefaults, family_of
 SETTINGS_FILE = "qrlora.json"
 
 
-class _Settings(BaseModel):
-    """`qrlora.json` in a model folder; other keys are the folder's own business."""
+class ModelSettings(BaseModel):
+    """`qrlora.json` in a model folder; other keys are the folder's own business.
+
+    Attributes:
+        name: what the model is called.
+        generation: how it wants its pictures made, as in `GenerationDefaults`.
+        training: defaults for `TrainConfig`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -104,8 +110,7 @@ def load_pipeline(
     Raises:
         QrloraError: no such folder or hub model, a model that cannot be read, or of an unknown family.
     """
-    source = _local_folder(model)
-    settings = _Settings() if source is None else _read_settings(source / SETTINGS_FILE)
+    source, settings = _local_folder(model), read_settings(model)
     pipeline = _from_pretrained(str(source or model), dtype, DiffusionPipeline)
     family = family_of(pipeline)
     for component in pipeline.components.values():
@@ -123,6 +128,16 @@ def load_pipeline(
     )
 
 
+def read_settings(model: str | Path) -> ModelSettings:
+    """What a model folder's `qrlora.json` says, without loading the model; nothing for a hub id.
+
+    Raises:
+        QrloraError: no such folder, or a file that cannot be read.
+    """
+    source = _local_folder(model)
+    return ModelSettings() if source is None else _read_settings(source / SETTINGS_FILE)
+
+
 def _local_folder(model: str | Path) -> Path | None:
     """The folder meant, or None for a hub id."""
     path = Path(model)
@@ -138,16 +153,16 @@ def _local_folder(model: str | Path) -> Path | None:
     return None
 
 
-def _read_settings(path: Path) -> _Settings:
+def _read_settings(path: Path) -> ModelSettings:
     if not path.is_file():
-        return _Settings()
+        return ModelSettings()
     try:
-        return _Settings.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return ModelSettings.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise QrloraError(f"{path} cannot be read: {_first_line(error)}") from error
 
 
-def _defaults(family: Family, settings: _Settings, model: str) -> GenerationDefaults:
+def _defaults(family: Family, settings: ModelSettings, model: str) -> GenerationDefaults:
     try:
         return GenerationDefaults.model_validate({**family.generation_defaults.model_dump(), **settings.generation})
     except ValidationError as error:

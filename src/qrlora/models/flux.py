@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from qrlora.errors import QrloraError
 from qrlora.models._family import Family, register_family
 
+_MAX_TOKENS = 512  # FluxPipeline's own limit
+
 
 class Flux(Family):
     """The published layer list: attention and feed-forward of the double blocks, attention of the single blocks."""
@@ -39,6 +41,7 @@ class Flux(Family):
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> dict[str, Tensor]:
         _require(pipeline, self.text_components)
+        _check_length(max_sequence_length)
         with torch.no_grad():
             embeds, pooled, _ = pipeline.encode_prompt(
                 prompt=list(prompts),
@@ -103,6 +106,7 @@ class Flux(Family):
                 f"{len(prompts)} prompts need {len(prompts)} seeds, one a picture, but {len(seeds)} were given."
             )
         _check_size(self.latent_multiple(pipeline), height, width)
+        _check_length(max_sequence_length)
         device, dtype = pipeline.transformer.device, pipeline.transformer.dtype
         if conditioning is None:
             conditioning = self._encode_each_once(pipeline, prompts, max_sequence_length)
@@ -165,6 +169,11 @@ def _check_size(multiple: int, height: int, width: int) -> None:
             raise QrloraError(
                 f"{name}={value} must be a multiple of {multiple} for this model; {round_to(value, multiple)} is."
             )
+
+
+def _check_length(tokens: int) -> None:
+    if tokens > _MAX_TOKENS:
+        raise QrloraError(f"max_sequence_length={tokens} is above {_MAX_TOKENS}, the most that FLUX takes; lower it.")
 
 
 def round_to(value: int, multiple: int) -> int:

@@ -57,6 +57,8 @@ def save_checkpoint(
     record: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     save_adapter_to: Callable[[Path], object],
+    *,
+    replace: bool = False,
 ) -> Path:
     """Write `checkpoint-STEP`, complete, by renaming a finished folder into place.
 
@@ -66,13 +68,13 @@ def save_checkpoint(
         record: from `record_of`.
         tensors: for `state.safetensors`.
         save_adapter_to: writes the adapter to a path.
+        replace: write anew what is complete already.
     """
     folder = output / f"checkpoint-{step}"
-    if _read(folder) is not None:
+    if not replace and _read(folder) is not None:
         return folder  # a resumed run comes by again with the same bits
     unfinished = output / f".checkpoint-{step}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)
         save_adapter_to(unfinished / ADAPTER)
@@ -85,6 +87,7 @@ def save_checkpoint(
             "bytes": {name: (unfinished / name).stat().st_size for name in (ADAPTER, STATE)},
         }
         atomic_write(unfinished / INDEX, json.dumps(index, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier one goes only now
         os.replace(unfinished, folder)
     except OSError as error:
         raise QrloraError(f"{folder} cannot be written: {error.strerror or error}.") from error
@@ -118,10 +121,18 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def checkpoint_folders(output: Path) -> list[Path]:
     """`checkpoint-STEP` folders by step, complete or not."""
+    return [path for _, path in _by_step(output)]
+
+
+def later_checkpoints(output: Path, step: int) -> list[Path]:
+    """`checkpoint-STEP` folders of more steps than `step`, complete or not."""
+    return [path for taken, path in _by_step(output) if taken > step]
+
+
+def _by_step(output: Path) -> list[tuple[int, Path]]:
     if not output.is_dir():
         return []
-    found = [(int(match[1]), path) for path in output.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((int(match[1]), path) for path in output.iterdir() if (match := _NAME.fullmatch(path.name)))
 
 
 def prune_checkpoints(output: Path, limit: int | None) -> None:

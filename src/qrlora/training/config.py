@@ -65,7 +65,7 @@ class TrainConfig(BaseModel):
     guidance_scale: float = 1.0
     """The guidance embedding while training, on models that have one."""
     mixed_precision: Literal["no", "bf16"] | None = None
-    """bf16: base and activations in bfloat16, coefficients in fp32. None: bf16 on a GPU, no on the CPU."""
+    """bf16: base and activations in bfloat16, coefficients in fp32. None: bf16 on CUDA, no elsewhere."""
     gradient_checkpointing: bool = False
     """Less memory for about a third more time."""
     device: str | None = None

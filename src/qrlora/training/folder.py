@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from qrlora.training.checkpoint import (
     Checkpoint,
     checkpoint_folders,
     clear_leftovers,
+    later_checkpoints,
     latest_checkpoint,
     open_checkpoint,
     remove_folder,
@@ -125,6 +126,28 @@ def prepare_folder(config: TrainConfig, *, fresh: bool) -> Path:
     settled = config.model_copy(update={"resume": None, "overwrite": False})
     atomic_write(output / CONFIG, settled.to_yaml())
     return output
+
+
+def outdated_by(config: TrainConfig, start: Checkpoint | None) -> list[Path]:
+    """What a run that goes back in its own folder leaves behind: later checkpoints, and a result.
+
+    They are all there is until the run has written something newer, so `forget` waits for that.
+    """
+    output = Path(config.output_dir)
+    if start is None or not start.within(output) or not config.overwrite or config.resume == "latest":
+        return []
+    return [*later_checkpoints(output, start.step), output / RESULT, output / LOSSES]
+
+
+def forget(outdated: list[Path], *, keep: Collection[str]) -> None:
+    """Remove what `outdated_by` found, but for the names that were just written."""
+    for path in outdated:
+        if path.name in keep:
+            continue
+        if path.is_dir():
+            remove_folder(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_losses(output: Path, losses: list[float], norms: list[float]) -> None:

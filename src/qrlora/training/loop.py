@@ -14,7 +14,15 @@ from qrlora.formats import read_adapter
 from qrlora.models import LoadedModel
 from qrlora.training.checkpoint import Checkpoint
 from qrlora.training.config import TrainConfig
-from qrlora.training.folder import RESULT, find_start, finished_losses, prepare_folder, write_losses
+from qrlora.training.folder import (
+    LOSSES,
+    RESULT,
+    find_start,
+    finished_losses,
+    outdated_by,
+    prepare_folder,
+    write_losses,
+)
 from qrlora.training.interrupt import graceful_stop
 from qrlora.training.optimiser import make_optimiser
 from qrlora.training.progress import ProgressReport
@@ -92,7 +100,7 @@ def train(
         read_adapter(config.init_from)  # and so is a wrong adapter
     accelerator = Accelerator(mixed_precision="no")
     device = choose_device(config, loaded, accelerator)
-    model, config = load_model(config, loaded, device)
+    model, config = load_model(config, loaded, device, start)
     place = Place(device, config.mixed_precision == "bf16", accelerator.process_index, accelerator.num_processes)
     clock = _Clock(started)
     clock.done("load")
@@ -185,6 +193,7 @@ def _prepare(
         step=step,
         checked=step,
         last_good=None if start is None else start.folder,
+        outdated=outdated_by(config, start),
     )
 
 
@@ -195,6 +204,7 @@ def _finish(run: Run, clock: "_Clock") -> TrainResult:
     if run.place.main:
         write_losses(run.output, losses, norms)
         run.save_adapter(path, run.config.save_dtype)
+        run.forget_outdated(RESULT, LOSSES)
     run.accelerator.wait_for_everyone()
     clock.done("train")
     size = trained_size(adapter_of(run.model.denoiser, ADAPTER_NAME))

@@ -17,6 +17,7 @@ from qrlora.errors import QrloraError
 from qrlora.models import LoadedModel
 from qrlora.training.checkpoint import CURVES, prune_checkpoints, save_checkpoint
 from qrlora.training.config import TrainConfig
+from qrlora.training.folder import forget
 from qrlora.training.interrupt import Interrupted, StopRequest
 from qrlora.training.objective import draw, loss_of
 from qrlora.training.optimiser import learning_rates, optimiser_tensors
@@ -51,6 +52,8 @@ class Run:
     step: int = 0
     checked: int = 0
     last_good: Path | None = None
+    outdated: list[Path] = field(default_factory=list[Path])
+    """Later states of a run that went back, removed once there is a newer one."""
     rates: Callable[[int], float] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -123,11 +126,18 @@ class Run:
         folder = self.output / f"checkpoint-{self.step}"
         if self.place.main:
             tensors = {CURVES: self.curves[:, : self.step], **optimiser_tensors(self.optimiser, self.parameters)}
-            save_checkpoint(self.output, self.step, self.record, tensors, self.save_adapter)
+            replace = folder in self.outdated
+            save_checkpoint(self.output, self.step, self.record, tensors, self.save_adapter, replace=replace)
+            self.forget_outdated(folder.name)
             prune_checkpoints(self.output, self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
         self.last_good = folder
         return folder
+
+    def forget_outdated(self, *written: str) -> None:
+        """Remove what this run made outdated, now that the names in `written` are there."""
+        forget(self.outdated, keep=written)
+        self.outdated = []
 
     def note(self) -> str:
         """The mean loss of the last steps; waits for the device."""

@@ -3,11 +3,11 @@
 import hashlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -19,18 +19,20 @@ from qrlora.adapter import (
     attach_adapter,
     remove_adapter,
     set_adapters,
+    target_layers,
     trainable_parameters,
 )
 from qrlora.data import Encoded, Example, encode_examples
 from qrlora.errors import QrloraError, QrloraWarning
 from qrlora.formats import Adapter, read_adapter
-from qrlora.models import LoadedModel, load_pipeline
+from qrlora.models import LoadedModel, load_pipeline, read_settings
 from qrlora.training.checkpoint import CURVES, Checkpoint
 from qrlora.training.config import TrainConfig
 from qrlora.training.optimiser import load_optimiser_tensors
 from qrlora.training.progress import ProgressReport
 
 ADAPTER_NAME = "being_trained"
+Precision = Literal["no", "bf16"]
 _TRIGGER = re.compile(r"<[^<>\s]+>")
 
 
@@ -61,20 +63,45 @@ def choose_device(config: TrainConfig, loaded: LoadedModel | None, accelerator: 
     return accelerator.device
 
 
+def choose_precision(
+    config: TrainConfig, defaults: Mapping[str, Any], device: torch.device, start: Checkpoint | None = None
+) -> Precision:
+    """The configuration's word, else that of the run that is continued, else the model's own, else the device's.
+
+    Args:
+        config: as given, `mixed_precision` open or not.
+        defaults: the model's own training defaults.
+        device: where the run computes.
+        start: the checkpoint that the run goes on from.
+
+    Raises:
+        QrloraError: defaults that are not valid.
+    """
+    then: Precision | None = None if start is None else start.record.get("mixed_precision")
+    return (
+        config.mixed_precision
+        or then
+        or config.with_defaults(defaults).mixed_precision
+        or ("bf16" if device.type == "cuda" else "no")
+    )
+
+
 def load_model(
-    config: TrainConfig, loaded: LoadedModel | None, device: torch.device
+    config: TrainConfig, loaded: LoadedModel | None, device: torch.device, start: Checkpoint | None = None
 ) -> tuple[LoadedModel, TrainConfig]:
-    """The model, in the base's dtype, and the configuration with nothing left open."""
+    """The model, in the base's dtype, and the configuration with nothing left open.
+
+    A model that was given stays in its dtype, which decides where neither configuration nor model do.
+    """
     if loaded is None:
-        precision = config.mixed_precision or ("bf16" if device.type == "cuda" else "no")
+        source = config.model or _embedded()
+        precision = choose_precision(config, read_settings(source).training, device, start)
         # On the CPU first: encoders and denoiser take turns on the device.
-        loaded = load_pipeline(
-            config.model or _embedded(), dtype=torch.bfloat16 if precision == "bf16" else torch.float32
-        )
+        loaded = load_pipeline(source, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+        config = config.with_defaults(loaded.training)
     else:
-        precision = "bf16" if loaded.denoiser.dtype == torch.bfloat16 else "no"
-    config = config.with_defaults(loaded.training)
-    precision = config.mixed_precision or precision
+        config = config.with_defaults(loaded.training)
+        precision = config.mixed_precision or ("bf16" if loaded.denoiser.dtype == torch.bfloat16 else "no")
     resolution = config.resolution or loaded.defaults.height
     multiple = loaded.family.latent_multiple(loaded.pipeline)
     if resolution % multiple:
@@ -166,7 +193,23 @@ def _attach_initial(config: TrainConfig, denoiser: nn.Module, path: str) -> None
         raise QrloraError(
             f"init_from: {path} has mask {adapter.header.mask!r}, but adapter.mask is {spec.mask!r}; make them equal."
         )
+    _check_layers(path, set(adapter.layers), set(target_layers(denoiser, spec.target_modules)))
     attach_adapter(denoiser, adapter, ADAPTER_NAME, trainable=True, spec=spec)
+
+
+def _check_layers(path: str, has: set[str], wants: set[str]) -> None:
+    if has == wants:
+        return
+    odd = min(has ^ wants)
+    told = (
+        f"adapts {odd}, which adapter.target_modules does not mean"
+        if odd in has
+        else f"does not adapt {odd}, which adapter.target_modules means"
+    )
+    raise QrloraError(
+        f"init_from: {path} {told}; set adapter.target_modules to the file's own layers (qrlora inspect --json lists "
+        "them)."
+    )
 
 
 def file_hash(path: str | None) -> str | None:

@@ -1,0 +1,83 @@
+"""What would spoil a blend is told before anything is trained."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from qrlora.blend import BlendConfig, BlendResult, blend, roles, settings_of
+from qrlora.errors import QrloraError
+from qrlora.formats import LowRank, read_adapter
+from qrlora.models import GenerationDefaults, LoadedModel
+from tests.blend.conftest import MakeConfig
+
+
+def _refused_untrained(config: BlendConfig, model: LoadedModel, words: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roles, "train", lambda *_, **__: pytest.fail("trained"))
+        with pytest.raises(QrloraError, match=words):
+            blend(config, loaded=model, progress=False)
+    assert not config.output.exists()
+    assert not getattr(model.denoiser, "peft_config", None)
+
+
+def test_given_adapters_are_checked_before_the_training(
+    made: BlendResult, make_config: MakeConfig, model: LoadedModel, tmp_path: Path
+) -> None:
+    whole = read_adapter(made.style)
+    assert whole.header is not None
+    layer = next(iter(whole.layers))
+    hashes = whole.header.weight_hashes | {layer: "float32:" + "0" * 32}
+    other = replace(whole, header=whole.header.model_copy(update={"weight_hashes": hashes}))
+    fewer = replace(whole, layers={name: pair for name, pair in whole.layers.items() if name != layer})
+    wrong = replace(whole, layers={**whole.layers, layer: LowRank(torch.ones(3, 2), torch.ones(2, 3))})
+    for adapter, words in (
+        (other, rf"given\.safetensors was trained on another base model: the weight of {layer} differs"),
+        (wrong, rf"given\.safetensors adapts {layer} as a weight of shape \[3, 3\]"),
+        (fewer, rf"content training adapts {layer}, which .*given\.safetensors does not"),
+    ):
+        file = adapter.save(tmp_path / "given.safetensors")
+        _refused_untrained(make_config(tmp_path / "out", style=None, style_adapter=(file,)), model, words)
+        both = {"content": None, "content_adapter": (made.content,), "style": None, "style_adapter": (file,)}
+        _refused_untrained(make_config(tmp_path / "out", **both), model, "safetensors")
+
+
+def test_trainings_that_would_not_merge_are_not_begun(
+    made: BlendResult, make_config: MakeConfig, model: LoadedModel, tmp_path: Path
+) -> None:
+    (tmp_path / "style.yaml").write_text("adapter: {target_modules: [attn.to_q]}\n")
+    config = make_config(tmp_path / "out", style_config=tmp_path / "style.yaml")
+    _refused_untrained(config, model, r"content training adapts \S+, which the style training does not")
+    config = make_config(tmp_path / "out", style=None, style_adapter=(made.style,), rank=3, method="sum")
+    _refused_untrained(config, model, r"--method sum needs one basis, but .*rank 4.*rank 3; use --method concat")
+
+
+@pytest.mark.parametrize(("data", "output"), [("pics", "pics/out"), ("out/pics", "out"), ("out", "out")])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_input_folder_and_output_lie_apart(
+    make_config: MakeConfig, model: LoadedModel, tmp_path: Path, data: str, output: str, overwrite: bool
+) -> None:
+    (tmp_path / data).mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / data / "a.png")
+    config = make_config(tmp_path / output, style=tmp_path / data, overwrite=overwrite)
+    with pytest.raises(QrloraError, match=r"--style .* lie in one another; name an output folder elsewhere"):
+        blend(config, loaded=model, progress=False)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"guidance_scale": float("nan")}, "--guidance-scale nan is not valid"),
+        ({"max_sequence_length": 0}, "--max-sequence-length 0 is not valid"),
+    ],
+)
+def test_settings_are_validated_where_they_meet(given: dict, words: str) -> None:
+    with pytest.raises(QrloraError, match=words):
+        settings_of(SimpleNamespace(**given), GenerationDefaults())
+    assert settings_of(SimpleNamespace(height=64), GenerationDefaults(width=32)).model_dump() == (
+        GenerationDefaults(width=32, height=64).model_dump()
+    )
