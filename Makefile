@@ -24,7 +24,7 @@ lint: .venv/stamp
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# Trains the embedded base anew: about an hour and a half on two cores; a part that was interrupted continues.
+# Trains the embedded base anew: about three hours on two cores; a part that was interrupted continues.
 starter: .venv/stamp
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,emoji]'
 	test -f data/emoji.npz || $(BIN)/python -m tools.emoji.build

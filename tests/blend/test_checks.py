@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from qrlora.blend import BlendConfig, BlendResult, blend, roles, settings_of
+from qrlora.blend.roles import fill_trainings, plan_parts
 from qrlora.errors import QrloraError
 from qrlora.formats import LowRank, read_adapter
 from qrlora.models import GenerationDefaults, LoadedModel
@@ -53,6 +54,17 @@ def test_trainings_that_would_not_merge_are_not_begun(
     _refused_untrained(config, model, r"content training adapts \S+, which the style training does not")
     config = make_config(tmp_path / "out", style=None, style_adapter=(made.style,), rank=3, method="sum")
     _refused_untrained(config, model, r"--method sum needs one basis, but .*rank 4.*rank 3; use --method concat")
+
+
+def test_a_models_defaults_for_a_role_come_before_those_for_all(
+    make_config: MakeConfig, model: LoadedModel, tmp_path: Path
+) -> None:
+    told = replace(model, training={"max_train_steps": 5}, roles={"style": {"max_train_steps": 3}})
+    for given, expected in ((None, {"content": 5, "style": 3}), (7, {"content": 7, "style": 7})):
+        parts, _ = plan_parts(make_config(tmp_path / "out", max_train_steps=given))
+        fill_trainings(parts, told)
+        steps = {role: part.training.max_train_steps for role, part in parts.items() if part.training is not None}
+        assert steps == expected
 
 
 @pytest.mark.parametrize(("data", "output"), [("pics", "pics/out"), ("out/pics", "out"), ("out", "out")])

@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--treated", type=int, default=24, help="pictures of a batch that are treated")
     parser.add_argument("--learning-rate", type=float, default=8e-4)
-    parser.add_argument("--long", type=float, default=0.05, help=f"last part of the steps with all {LENGTH} text tokens")
+    parser.add_argument("--long", type=float, default=0.05, help=f"last part of the steps with {LENGTH} text tokens")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

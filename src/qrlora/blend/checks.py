@@ -84,7 +84,7 @@ def check_plan(config: BlendConfig, parts: dict[Role, Part], model: LoadedModel,
         if value % multiple:
             raise QrloraError(f"--{name} {value} must be a multiple of {multiple} for {model.model_id}.")
     trainings: dict[Role, TrainConfig] = {
-        role: part.training.with_defaults(model.training) for role, part in parts.items() if part.training is not None
+        role: part.training for role, part in parts.items() if part.training is not None
     }
     steps = max((training.max_train_steps for training in trainings.values()), default=0)
     if config.sweep_steps is not None and config.sweep_steps >= steps:

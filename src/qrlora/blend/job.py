@@ -16,7 +16,7 @@ from qrlora.blend.config import BlendConfig
 from qrlora.blend.painter import Painter, choose_place, settings_of
 from qrlora.blend.provenance import save_picture
 from qrlora.blend.report import adapter_report, write_report
-from qrlora.blend.roles import ROLES, Part, Role, copy_file, plan_parts, train_part
+from qrlora.blend.roles import ROLES, Part, Role, copy_file, fill_trainings, plan_parts, train_part
 from qrlora.blend.sheet import Cell, Grid, draw_sheet
 from qrlora.blend.sweep import draw_sweep
 from qrlora.formats import Adapter, read_adapter
@@ -84,6 +84,7 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
     with clock.phase("load"):
         model = loaded if loaded is not None else _load(config)
     settings = settings_of(config, model.defaults)
+    fill_trainings(parts, model)
     check_plan(config, parts, model, settings)
     painter = Painter(model, config.model, settings)
     trained: dict[Role, TrainResult | None] = {}

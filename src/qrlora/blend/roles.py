@@ -1,6 +1,6 @@
 """The two roles of a blend: where the adapter of each comes from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -100,6 +100,13 @@ def _plan(config: BlendConfig, role: Role) -> Part:
         reference=square(picture, min(512, *picture.size)),
         caption=f'"{first.caption}"',
     )
+
+
+def fill_trainings(parts: Mapping[Role, Part], model: LoadedModel) -> None:
+    """Fill what a training was not told from the model's defaults, those for its role before those for all."""
+    for part in parts.values():
+        if part.training is not None:
+            part.training = part.training.with_defaults({**model.training, **model.roles.get(part.role, {})})
 
 
 def _caption_of(adapter: Adapter) -> str | None:

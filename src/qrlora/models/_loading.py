@@ -30,6 +30,7 @@ class ModelSettings(BaseModel):
         name: what the model is called.
         generation: how it wants its pictures made, as in `GenerationDefaults`.
         training: defaults for `TrainConfig`.
+        roles: what differs from `training` in a blend's "content" or "style".
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -37,15 +38,16 @@ class ModelSettings(BaseModel):
     name: str | None = None
     generation: dict[str, Any] = {}
     training: dict[str, Any] = {}
+    roles: dict[str, dict[str, Any]] = {}
 
 
 @dataclass
 class LoadedModel:
     """A pipeline, its family, what to call it, and how it wants to be used.
 
-    `training` are defaults for `TrainConfig` (`max_train_steps`, `learning_rate`, `rank`...). `source` is where
-    components can be loaded from again; a pipeline built in memory has none, and its encoders are then moved to the
-    CPU, not freed.
+    `training` are defaults for `TrainConfig` (`max_train_steps`, `learning_rate`, `rank`...), `roles` what differs from
+    them in a blend's "content" or "style". `source` is where components can be loaded from again; a pipeline built in
+    memory has none, and its encoders are then moved to the CPU, not freed.
     """
 
     pipeline: Any
@@ -53,6 +55,7 @@ class LoadedModel:
     model_id: str
     defaults: GenerationDefaults
     training: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    roles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     source: str | None = None
     dtype: torch.dtype = torch.float32
     _parked: dict[str, nn.Module] = field(default_factory=dict[str, nn.Module], repr=False)
@@ -123,6 +126,7 @@ def load_pipeline(
         model_id=settings.name or str(model),
         defaults=_defaults(family, settings, str(model)),
         training={**family.training_defaults, **settings.training},
+        roles=settings.roles,
         source=str(source or model),
         dtype=dtype,
     )
