@@ -71,10 +71,10 @@ def trained(
     prompt: str,
     method: Method,
     folder: Path,
-    steps: int | None,
+    steps: int,
 ) -> Path:
     """The adapter of one picture, trained unless it lies in `folder` already."""
-    output = folder / f"{method.basis}-{method.learning_rate:g}-{steps or 'default'}" / "-".join(pair)
+    output = folder / f"{method.basis}-{method.learning_rate:g}-{steps}" / "-".join(pair)
     result = output / "adapter.safetensors"
     if result.exists():
         return result
@@ -87,10 +87,9 @@ def trained(
         "output_dir": str(output),
         "learning_rate": method.learning_rate,
         "adapter.basis": method.basis,
+        "max_train_steps": steps,
         "resume": "latest" if any(output.glob("checkpoint-*")) else None,
     }
-    if steps is not None:
-        values["max_train_steps"] = steps
     return train(TrainConfig.parse(values), loaded=model, progress=False).path
 
 
@@ -157,6 +156,10 @@ def main() -> None:
     pairs = dev_pairs(emoji)
     base = base_hash(model.denoiser, target_layers(model.denoiser, "auto"))
     work = args.work / base[:12]  # what was trained on another base must not be taken for this one's
+    steps = {
+        role: args.steps or {**model.training, **model.roles.get(role, {})}["max_train_steps"]
+        for role in ("content", "style")
+    }
     methods = [Method.parse(text) for text in args.methods]
     columns: dict[str, np.ndarray] = {"no adapter": np.concatenate([generate(model, PROMPT)] * len(pairs))}
     for method in methods:
@@ -169,10 +172,10 @@ def main() -> None:
                 f"a <c> emoji in {CONTENT_STYLE} style",
                 method,
                 work,
-                args.steps,
+                steps["content"],
             )
             style_prompt = f"a {emoji.name(STYLE_CONTENT)} emoji in <s> style"
-            style_file = trained(model, emoji, (STYLE_CONTENT, style), style_prompt, method, work, args.steps)
+            style_file = trained(model, emoji, (STYLE_CONTENT, style), style_prompt, method, work, steps["style"])
             print(f"{method}: pair {i + 1} of {len(pairs)}", flush=True)
             if not args.train_only:
                 made.append(merged_pictures(model, content_file, style_file, tuple(args.weights)))
@@ -197,7 +200,8 @@ def main() -> None:
         "seeds": list(SEEDS),
         "pairs": pairs,
         "rows": rows,
-        "note": f"Rank and steps of the embedded base's defaults unless said; merged at {tuple(args.weights)}, "
+        "note": f"Rank {model.training['rank']}, {steps['content']} steps a content and {steps['style']} a style; "
+        f"merged at {tuple(args.weights)}, "
         f"{len(SEEDS)} seeds a pair; content among {len(emoji.dev_contents)} dev contents, style among "
         f"{len(emoji.styles)}; the classifier is right on {judge.accuracy:.3f} of true held-out pictures, "
         f"{judge.accuracy_shown:.3f} as the base's autoencoder shows them.",

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,18 @@ def test_sweep_has_a_row_for_each_checkpoint_and_the_end(made: BlendResult) -> N
     assert rows == {"2", "end"}
     assert (_pixels(folder / "sweep-content-2-1.png") != _pixels(folder / "sweep-content-end-1.png")).any()
     assert (_pixels(folder / "sweep-content-end-1.png") == _pixels(folder / "content.png")).all()
+
+
+def test_sweep_goes_on_with_the_role_that_trains_longer(
+    make_config: MakeConfig, model: LoadedModel, tmp_path: Path
+) -> None:
+    (tmp_path / "style.yaml").write_text("max_train_steps: 2\n")
+    config = make_config(tmp_path / "out", max_train_steps=None, style_config=tmp_path / "style.yaml", sweep_steps=2)
+    told = replace(model, training={**model.training, "max_train_steps": 5})
+    blend(config, loaded=told, progress=False)
+    pictures = config.output / "pictures"
+    assert {path.name.split("-")[2] for path in pictures.glob("sweep-merge-*.png")} == {"2", "4", "end"}
+    assert (_pixels(pictures / "sweep-style-4-1.png") == _pixels(pictures / "style.png")).all()
 
 
 def test_sweep_names_the_adapters_in_it(made: BlendResult) -> None:

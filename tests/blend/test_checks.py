@@ -1,5 +1,6 @@
 """What would spoil a blend is told before anything is trained."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from qrlora.blend import BlendConfig, BlendResult, blend, roles, settings_of
+from qrlora.blend.job import forget_pictures
 from qrlora.blend.roles import fill_trainings, plan_parts
 from qrlora.errors import QrloraError
 from qrlora.formats import LowRank, read_adapter
@@ -67,17 +69,36 @@ def test_a_models_defaults_for_a_role_come_before_those_for_all(
         assert steps == expected
 
 
-@pytest.mark.parametrize(("data", "output"), [("pics", "pics/out"), ("out/pics", "out"), ("out", "out")])
+@pytest.mark.parametrize(("data", "output"), [("out/pics", "out"), ("out", "out")])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_input_folder_and_output_lie_apart(
+def test_an_input_folder_in_the_output_is_refused(
     make_config: MakeConfig, model: LoadedModel, tmp_path: Path, data: str, output: str, overwrite: bool
 ) -> None:
     (tmp_path / data).mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(tmp_path / data / "a.png")
     config = make_config(tmp_path / output, style=tmp_path / data, overwrite=overwrite)
-    with pytest.raises(QrloraError, match=r"--style .* lie in one another; name an output folder elsewhere"):
+    with pytest.raises(QrloraError, match=r"--style .* or lies in it; name an output folder elsewhere"):
         blend(config, loaded=model, progress=False)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.png"]
+
+
+@pytest.mark.parametrize("name", ["pictures/content.png", "pictures/merge-1-1.png", "sweep.png"])
+def test_a_first_blend_spares_inputs(make_config: MakeConfig, model: LoadedModel, tmp_path: Path, name: str) -> None:
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / name)
+    with pytest.raises(QrloraError, match="is among the files that this blend replaces"):
+        blend(make_config(tmp_path, style=tmp_path / name), loaded=model, progress=False)
+    assert (tmp_path / name).is_file()
+
+
+def test_only_our_own_earlier_pictures_are_removed(made: BlendResult, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    ours = shutil.copy(next((made.content.parent / "pictures").glob("merge-*.png")), tmp_path / "pictures")
+    theirs = tmp_path / "pictures" / "merge-of-two-roads.png"
+    Image.new("RGB", (8, 8)).save(theirs)
+    forget_pictures(tmp_path)
+    assert theirs.is_file()
+    assert not Path(ours).exists()
 
 
 @pytest.mark.parametrize(

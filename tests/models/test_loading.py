@@ -58,6 +58,13 @@ def test_a_broken_folder_is_named(tiny_flux: Path, tmp_path: Path) -> None:
         load_pipeline(tmp_path)
 
 
+def test_a_misspelt_role_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "qrlora.json").write_text('{"roles": {"styles": {"max_train_steps": 60}}}')
+    with pytest.raises(QrloraError, match=r"qrlora.json: roles\.styles.*'content' or 'style'"):
+        load_pipeline(tmp_path)
+
+
 def _picture(model: LoadedModel) -> np.ndarray:
     return np.asarray(model.family.generate(model.pipeline, ["a cat"], seeds=[1], **model.defaults.model_dump())[0])
 

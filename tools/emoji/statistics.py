@@ -1,6 +1,7 @@
 """What tells one hand's drawing from another's in a 64-pixel picture: its palette and how its colours meet.
 
-Network features blur exactly that: of 100 true pictures in six styles a ridge on EfficientNet's names 48, on these 91.
+Network features blur exactly that: a ridge on EfficientNet's names about half of the true pictures in six styles, one
+on these nine in ten.
 """
 
 import torch

@@ -51,7 +51,8 @@ and in {treatments} procedural treatments of them. It exists so that the first c
 on the real classes; it knows nothing else.
 
 Trained by `make starter` (`tools/starter`) on {contents} contents x {style_count} styles x {variants} variants,
-{steps} steps of {batch} pictures. Held out from it: 240 contents, the styles {held_out},
+{steps} steps of {batch} pictures; the one that ships took the first 4,500 of them on 675 contents
+(`docs/starter.md` tells how). Held out from it: 240 contents, the styles {held_out},
 and the treatments that `tools/emoji/treatments.py` marks so.
 Scores: `benchmarks/results/starter.md`. Ask for "a red apple emoji in noto style", or "... as a line drawing".
 

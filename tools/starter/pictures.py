@@ -78,6 +78,8 @@ def load_or_make(emoji: Emoji, path: Path) -> Pictures:
     if path.exists():
         with np.load(path, allow_pickle=False) as file:
             lists = {k: file[k].tolist() for k in ("names", "styles", "treatments", "keys")}
+            if lists["keys"] != training_contents(emoji):
+                raise SystemExit(f"{path} holds other contents than are trained on now; remove {path.parent}.")
             return Pictures(**{k: file[k] for k in ("pictures", "name", "style", "treatment")}, **lists)
     made = training_pictures(emoji)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,9 +26,8 @@ def check_output(config: BlendConfig) -> None:
     if output.exists() and not output.is_dir():
         raise QrloraError(f"--output {output} is a file; name a folder.")
     _check_apart(config)
-    if config.overwrite or config.resume:
-        _check_inputs_survive(config)
-    else:
+    _check_inputs_survive(config)
+    if not (config.overwrite or config.resume):
         for name in _RESULTS:
             if (output / name).exists():
                 raise QrloraError(
@@ -40,16 +39,16 @@ def check_output(config: BlendConfig) -> None:
 
 
 def _check_apart(config: BlendConfig) -> None:
-    """A folder of pictures and the output are two places, or a second run would train on what the first one drew."""
+    """A folder of pictures is not the output or in it, or a second run would train on what the first one drew."""
     output = config.output.resolve()
     for role in ROLES:
         given: Path | None = getattr(config, role)
         if given is None or not given.is_dir():
             continue
         folder = given.resolve()
-        if output.is_relative_to(folder) or folder.is_relative_to(output):
+        if folder.is_relative_to(output):
             raise QrloraError(
-                f"--{role} {given} and --output {config.output} lie in one another; name an output folder elsewhere."
+                f"--{role} {given} is --output {config.output} or lies in it; name an output folder elsewhere."
             )
 
 

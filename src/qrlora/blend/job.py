@@ -14,7 +14,7 @@ from qrlora import starter
 from qrlora.blend.checks import check_output, check_plan
 from qrlora.blend.config import BlendConfig
 from qrlora.blend.painter import Painter, choose_place, settings_of
-from qrlora.blend.provenance import save_picture
+from qrlora.blend.provenance import has_chunk, save_picture
 from qrlora.blend.report import adapter_report, write_report
 from qrlora.blend.roles import ROLES, Part, Role, copy_file, fill_trainings, plan_parts, train_part
 from qrlora.blend.sheet import Cell, Grid, draw_sheet
@@ -100,7 +100,7 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
             _write_role(parts[role], adapters[role], files[role])
         merged_file = merged.save(output / "merged.safetensors")
     attached: list[str] = []
-    _forget_pictures(output)
+    forget_pictures(output)
     _say(progress, "pictures")
     try:
         with clock.phase("pictures"):
@@ -135,12 +135,12 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
     return BlendResult(files["content"], files["style"], merged_file, sheet, sweep, report, clock.seconds)
 
 
-def _forget_pictures(output: Path) -> None:
-    """Remove the pictures of an earlier blend: those at weights no longer asked for would pass for new ones."""
-    for pattern in ("merge-*.png", "sweep-*.png"):
-        for path in (output / "pictures").glob(pattern):
+def forget_pictures(output: Path) -> None:
+    """Remove our pictures of an earlier blend: those at weights no longer asked for would pass for new ones."""
+    folder = output / "pictures"
+    for path in (*folder.glob("merge-*.png"), *folder.glob("sweep-*.png"), output / "sweep.png"):
+        if path.is_file() and has_chunk(path):
             path.unlink()
-    (output / "sweep.png").unlink(missing_ok=True)
 
 
 def _say(shown: bool, text: str) -> None:

@@ -144,6 +144,15 @@ def read_provenance(path: Path) -> Provenance:
     return chunk
 
 
+def has_chunk(path: Path) -> bool:
+    """Whether a picture says that qrlora made it; a file that is no picture does not."""
+    try:
+        read_chunk(path)
+    except QrloraError:
+        return False
+    return True
+
+
 def read_chunk(path: Path) -> Chunk:
     """What a picture of ours says of itself: one picture, a sheet, or a validation picture.
 

@@ -83,15 +83,15 @@ def _paint(
 def _stages(
     config: BlendConfig, parts: Mapping[Role, Part], trained: list[Role], files: Mapping[Role, Path]
 ) -> dict[str, dict[Role, Path]]:
-    """Adapter files by stage: the multiples of `sweep_steps` at which all trained roles have a checkpoint; the end."""
+    """Adapter files by stage: the multiples of `sweep_steps`, a role that has ended by then as it ended; the end."""
     found: dict[Role, dict[int, Path]] = {}
     for role in trained:
         opened = [open_checkpoint(folder) for folder in checkpoint_folders(config.output / "train" / role)]
         found[role] = {checkpoint.step: checkpoint.adapter for checkpoint in opened}
-    common = sorted(set.intersection(*(set(steps) for steps in found.values())))
     every = config.sweep_steps or 1
-    common = [step for step in common if step % every == 0 and any(step < parts[role].steps for role in trained)]
     stages: dict[str, dict[Role, Path]] = {}
-    for step in common:
-        stages[str(step)] = {role: found[role][step] if role in found else files[role] for role in ROLES}
+    for step in range(every, max(parts[role].steps for role in trained), every):
+        running = [role for role in trained if step < parts[role].steps]
+        if all(step in found[role] for role in running):
+            stages[str(step)] = {role: found[role][step] if role in running else files[role] for role in ROLES}
     return {**stages, "end": dict(files)}

@@ -64,11 +64,12 @@ def _adapter(path: Path, everything: bool) -> dict[str, Any]:
         "trained": trainable(adapter),
         "update_norm": float(sum(float(pair.delta().double().square().sum()) for pair in pairs) ** 0.5),
     }
+    if everything:
+        facts["shapes"] = {name: list(pair.shape) for name, pair in adapter.layers.items()}
     if header is None:
         return facts | {"header": "none: a LoRA of another tool"}
     if everything:
-        shapes = {name: list(pair.shape) for name, pair in adapter.layers.items()}
-        return facts | {"header": header.model_dump(mode="json"), "shapes": shapes}
+        return facts | {"header": header.model_dump(mode="json")}
     return facts | _brief(header)
 
 

@@ -74,7 +74,7 @@ def _read(options: MergeOptions) -> "list[Adapter]":
             found.append(read_adapter(path))
             continue
         file = read_coefficients(path)
-        key = options.model or _base_named(path, file.header.base_model), _precision(file.header.weight_hashes)
+        key = options.model or _base_named(path, file.header.base_model), _precision(path, file.header.weight_hashes)
         if key not in bases:
             bases[key] = load_pipeline(key[0], dtype=key[1])
         say(f"{path}: its bases are computed again on {bases[key].model_id}")
@@ -95,9 +95,14 @@ def _base_named(path: Path, name: str | None) -> str:
     raise QrloraError(f"{path} holds coefficients only, which need their base model{named}; give it with --model.")
 
 
-def _precision(weight_hashes: Mapping[str, str]) -> "torch.dtype":
+def _precision(path: Path, weight_hashes: Mapping[str, str]) -> "torch.dtype":
     """That of the base weights the adapter was trained on: another one has other bases."""
     import torch
 
     label = next(iter(weight_hashes.values()), "").partition(":")[0]
+    if label.startswith("packed-"):
+        raise QrloraError(
+            f"{path} holds coefficients trained on a quantised base ({label}); make it whole in Python, with "
+            "qrlora.adapter.resolve_coefficients on that base."
+        )
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(label, torch.float32)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -38,7 +38,7 @@ class ModelSettings(BaseModel):
     name: str | None = None
     generation: dict[str, Any] = {}
     training: dict[str, Any] = {}
-    roles: dict[str, dict[str, Any]] = {}
+    roles: dict[Literal["content", "style"], dict[str, Any]] = {}
 
 
 @dataclass
@@ -55,7 +55,9 @@ class LoadedModel:
     model_id: str
     defaults: GenerationDefaults
     training: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    roles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    roles: Mapping[Literal["content", "style"], Mapping[str, Any]] = field(
+        default_factory=dict[Literal["content", "style"], dict[str, Any]]
+    )
     source: str | None = None
     dtype: torch.dtype = torch.float32
     _parked: dict[str, nn.Module] = field(default_factory=dict[str, nn.Module], repr=False)
@@ -162,6 +164,10 @@ def _read_settings(path: Path) -> ModelSettings:
         return ModelSettings()
     try:
         return ModelSettings.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise QrloraError(f"{path}: {key}: {problem['msg']}") from error
     except (OSError, ValueError) as error:
         raise QrloraError(f"{path} cannot be read: {_first_line(error)}") from error
 
