@@ -91,7 +91,7 @@ def _stages(
     every = config.sweep_steps or 1
     stages: dict[str, dict[Role, Path]] = {}
     for step in range(every, max(parts[role].steps for role in trained), every):
-        running = [role for role in trained if step < parts[role].steps]
+        running: list[Role] = [role for role in trained if step < parts[role].steps]
         if all(step in found[role] for role in running):
             stages[str(step)] = {role: found[role][step] if role in running else files[role] for role in ROLES}
     return {**stages, "end": dict(files)}
