@@ -31,6 +31,11 @@ from tests.cli.conftest import Run
         ("merge dog.png --output m.safetensors", "dog.png"),
         ("merge a.safetensors --output m.pt", "must end in .safetensors"),
         ("merge a --output b.safetensors --save-dtype fp64", "fp64"),
+        ("analyze a.safetensors", "--output is missing"),
+        ("analyze a.safetensors --output r", "a.safetensors"),
+        ("analyze a.safetensors --output dog.png", "--output dog.png exists"),
+        ("analyze a.safetensors --output r --draws 1", "--draws 1 is not valid"),
+        ("analyze a.safetensors --output r --usage dog.png", "a.safetensors"),
         ("generate --prompt x --output x.jpg", "must end in .png"),
         ("generate", "--prompt"),
         ("generate --prompt x --adapter a=b --output x.png", "'b' is not a weight"),
@@ -80,7 +85,7 @@ def test_help_of_everything(run: Run, capsys: pytest.CaptureFixture[str]) -> Non
     for verb in ("train", "config"):
         assert run(f"{verb} --help") == 0
     assert "--adapter.rank" in capsys.readouterr().out
-    for verb in ("blend", "merge", "generate", "inspect", "basis"):
+    for verb in ("blend", "merge", "analyze", "generate", "inspect", "basis"):
         with pytest.raises(SystemExit) as stop:
             run(f"{verb} --help")
         assert stop.value.code == 0

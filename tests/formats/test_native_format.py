@@ -121,7 +121,7 @@ class TestOtherTools:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            ({"use_dora": True}, "use_dora"),
+            ({"use_dora": True}, "lora_magnitude_vector is missing"),
             ({"init_lora_weights": "pissa"}, "pissa"),
             ({"bias": "all"}, "bias"),
         ],

@@ -21,6 +21,7 @@ def expected(adapters: list[Adapter], weights: list[float], layer: str) -> torch
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*times as strong as")
 @settings(max_examples=20, deadline=None)
 @given(weights=weights_of_three, side=st.sampled_from(["output", "input"]))
 def test_sum_is_exact_at_the_rank_of_one(weights: list[float], side: str) -> None:
@@ -35,6 +36,7 @@ def test_sum_is_exact_at_the_rank_of_one(weights: list[float], side: str) -> Non
     assert torch.equal(kept, adapters[0].layers[LINEAR].B if side == "output" else adapters[0].layers[LINEAR].A)
 
 
+@pytest.mark.filterwarnings("ignore:.*times as strong as")
 @settings(max_examples=20, deadline=None)
 @given(weights=weights_of_three)
 def test_concat_is_exact_at_the_summed_rank_for_any_mixture(weights: list[float]) -> None:

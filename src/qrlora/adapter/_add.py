@@ -1,20 +1,21 @@
 """A new adapter on a denoiser."""
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor, nn
 
-from qrlora.adapter._cache import BasisCache, layer_seed
-from qrlora.adapter._peft import Factor, Injection, Record, as_mixin, check_new_name, inject, upper_triangle
-from qrlora.adapter._spec import PLAIN_LORA, AdapterSpec
+from qrlora.adapter._cache import BasisCache
+from qrlora.adapter._packed import keep_gradients
+from qrlora.adapter._peft import Injection, Record, as_mixin, check_new_name, inject, masked_factor
+from qrlora.adapter._spec import AdapterSpec
 from qrlora.adapter._weights import check_adaptable, combined_hash, dense_weight, layer_hash
+from qrlora.adapter.forms import Form, Start, form_of
+from qrlora.adapter.forms._form import check_spec
 from qrlora.adapter.targets import adaptable_layers, target_layers
-from qrlora.basis import as_matrix, basis_names, fingerprint, rank_limit
+from qrlora.basis import Side, fingerprint
 from qrlora.errors import QrloraError
-from qrlora.formats import Header, LowRank
+from qrlora.formats import Header, basis_vectors
 
 
 def add_adapter(
@@ -27,9 +28,9 @@ def add_adapter(
 ) -> list[str]:
     """Put a new adapter on a denoiser, ready to train; it alone is active, others stay loaded.
 
-    The base weights are not touched: `W' = W + scale * Q dR`, with `dR` zero at the start (QR-LoRA's `W_res + Q (R +
-    dR)`). The adapter's weights are fp32 whatever the base's dtype; the basis is frozen through peft, so it stays
-    frozen.
+    The base weights are not touched, and the adapter starts from exactly the base model, whatever its form: by default
+    `W' = W + scale * Q dR`, with `dR` zero at the start (QR-LoRA's `W_res + Q (R + dR)`). The adapter's weights are
+    fp32 whatever the base's dtype; what is frozen is frozen through peft, so it stays frozen.
 
     Args:
         denoiser: a diffusers denoiser (transformer or U-Net), of any dtype peft's LoRA supports.
@@ -42,95 +43,75 @@ def add_adapter(
         The adapted layers' paths, in the order of the model.
 
     Raises:
-        QrloraError: an unknown basis, no matching layer, a layer that cannot be adapted, a rank above a layer's
-            limit, a packed weight of unknown type, a name that is taken or unusable. The denoiser is then as it was.
+        QrloraError: an unknown basis or form, a combination without meaning, no matching layer, a layer that cannot be
+            adapted, a rank above a layer's limit, a packed weight of unknown type, a name that is taken or unusable.
+            The denoiser is then as it was.
     """
     as_mixin(denoiser)
     check_new_name(denoiser, adapter_name)
-    if not spec.plain and spec.basis not in basis_names():
-        raise QrloraError(
-            f"basis {spec.basis!r} is not known; the known ones are {', '.join((*basis_names(), PLAIN_LORA))}."
-        )
+    check_spec(spec)
+    form = form_of(spec)
     layers = target_layers(denoiser, spec.target_modules)
     modules = adaptable_layers(denoiser)
     for layer in layers:
         check_adaptable(modules[layer], layer)
-        _check_rank(dense_weight(modules[layer], layer), spec, layer)
+        _check_rank(dense_weight(modules[layer], layer), spec, form, layer)
+    keep_gradients(denoiser)
     store = cache if cache is not None else BasisCache()
-    factors: dict[str, LowRank] = {}
+    starts: dict[str, Start] = {}
     hashes: dict[str, str] = {}
     for done, layer in enumerate(layers, start=1):
         weight = dense_weight(modules[layer], layer)
-        factors[layer] = _start(weight, spec, layer, store)
+        starts[layer] = form.start(weight, spec, layer, store)
         hashes[layer] = layer_hash(modules[layer], layer)
         if progress is not None:
             progress(done, len(layers))
-    trained: Factor = "lora_A" if spec.side == "output" else "lora_B"
-    frozen: tuple[Factor, ...] = () if spec.plain else ("lora_B",) if spec.side == "output" else ("lora_A",)
-    record = Record(_header(spec, factors, hashes), spec)
     inject(
         denoiser,
         adapter_name,
-        Injection(factors, spec.scale, frozen, trained if spec.mask == "upper" else None, record),
+        Injection(
+            starts,
+            form,
+            scale=spec.scale,
+            frozen=form.frozen(spec.side),
+            masked=masked_factor(form, spec.mask, spec.side),
+            record=Record(_header(spec, form, starts, hashes), form.name),
+        ),
     )
     return layers
 
 
-def _check_rank(weight: Tensor, spec: AdapterSpec, layer: str) -> None:
-    limit = (
-        min(as_matrix(weight, layer=layer).shape)
-        if spec.plain
-        else rank_limit(weight, spec.basis, side=spec.side, layer=layer)
-    )
+def _check_rank(weight: Tensor, spec: AdapterSpec, form: Form, layer: str) -> None:
+    limit = form.rank_limit(weight, spec, layer)
     if spec.rank > limit:
+        each = f" in each of {spec.bands} bands" if spec.bands > 1 else ""
         raise QrloraError(
-            f"{layer} has a weight of shape {list(weight.shape)} and allows a rank of at most {limit}, not "
+            f"{layer} has a weight of shape {list(weight.shape)} and allows a rank of at most {limit}{each}, not "
             f"{spec.rank}; lower the rank or leave the layer out of target_modules."
         )
 
 
-def _start(weight: Tensor, spec: AdapterSpec, layer: str, cache: BasisCache) -> LowRank:
-    """The factors an adapter starts from, on the CPU, shaped as the layer's lora_B and lora_A."""
-    out, inputs = as_matrix(weight, layer=layer).shape
-    b_shape = (out, spec.rank, *(1 for _ in weight.shape[2:]))
-    a_shape = (spec.rank, *weight.shape[1:])
-    generator = torch.Generator().manual_seed(layer_seed(spec.seed, layer))
-    if spec.plain:
-        # peft's own start of lora_A: uniform within 1 / sqrt(fan_in).
-        uniform = (torch.rand(a_shape, generator=generator) * 2 - 1) / math.sqrt(inputs)
-        return LowRank(_coefficients(b_shape, spec, "lora_B", generator), uniform)
-    vectors = cache.get(weight, spec, layer).vectors
-    if spec.side == "output":
-        return LowRank(vectors.reshape(b_shape), _coefficients(a_shape, spec, "lora_A", generator))
-    return LowRank(_coefficients(b_shape, spec, "lora_B", generator), vectors.T.reshape(a_shape))
-
-
-def _coefficients(shape: tuple[int, ...], spec: AdapterSpec, factor: Factor, generator: torch.Generator) -> Tensor:
-    if spec.init == "zero":
-        return torch.zeros(shape)
-    drawn = torch.randn(shape, generator=generator) * spec.init_std
-    return upper_triangle(drawn, factor) if spec.mask == "upper" else drawn
-
-
-def _header(spec: AdapterSpec, factors: Mapping[str, LowRank], hashes: Mapping[str, str]) -> Header:
+def _header(spec: AdapterSpec, form: Form, starts: Mapping[str, Start], hashes: Mapping[str, str]) -> Header:
+    side = form.side(spec)
     return Header(
         basis=spec.basis,
-        side=None if spec.plain else spec.side,
+        side=side,
+        band=spec.band,
         mask=spec.mask,
+        form=form.name if form.names_itself else None,
         rank=spec.rank,
         lora_alpha=spec.rank * spec.scale,
         seed=spec.seed,
-        fingerprint=None if spec.plain else _fingerprint(spec, factors),
+        fingerprint=None if side is None else _fingerprint(side, starts),
         base_hash=combined_hash(hashes),
         weight_hashes=dict(hashes),
     )
 
 
-def _fingerprint(spec: AdapterSpec, factors: Mapping[str, LowRank]) -> str:
+def _fingerprint(side: Side, starts: Mapping[str, Start]) -> str:
     """One SHA-256 over the fingerprints `G^T Q` of all layers' bases, in the order of their names."""
     digest = hashlib.sha256()
-    for layer in sorted(factors):
-        pair = factors[layer]
-        vectors = pair.B.flatten(1) if spec.side == "output" else pair.A.flatten(1).T
+    for layer in sorted(starts):
+        vectors = basis_vectors(starts[layer].pair.B, starts[layer].pair.A, side)
         digest.update(layer.encode() + fingerprint(vectors).contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from qrlora.adapter._cache import BasisCache
+from qrlora.adapter._packed import keep_gradients
 from qrlora.adapter._peft import (
-    FACTORS,
-    Factor,
     Injection,
     Record,
     active_adapters,
@@ -15,12 +14,15 @@ from qrlora.adapter._peft import (
     component_of,
     inject,
     lora_layers,
-    upper_triangle,
+    masked_factor,
 )
-from qrlora.adapter._spec import AdapterSpec
+from qrlora.adapter._spec import PLAIN_LORA, AdapterSpec
+from qrlora.adapter._variant import OWN
 from qrlora.adapter._weights import base_layer, check_adaptable, check_base, dense_weight
+from qrlora.adapter.forms import Form, Start, form_named, form_of
+from qrlora.adapter.forms._form import COEFFICIENTS, FACTORS, Factor, upper_triangle
 from qrlora.adapter.targets import adaptable_layers
-from qrlora.basis import align
+from qrlora.basis import align, is_orthonormal
 from qrlora.errors import QrloraError
 from qrlora.formats import Adapter, CoefficientsFile, Component, Header, LowRank
 from qrlora.formats._adapter import check_weight
@@ -36,6 +38,7 @@ def attach_adapter(
     weight: float = 1.0,
     trainable: bool = False,
     spec: AdapterSpec | None = None,
+    cache: BasisCache | None = None,
 ) -> list[str]:
     """Put an adapter on a denoiser, active beside those already active.
 
@@ -46,8 +49,9 @@ def attach_adapter(
         adapter_name: its name on the denoiser.
         weight: its strength; see `set_adapters`.
         trainable: train its coefficients further, its basis frozen and its mask kept. Otherwise all of it is frozen.
-        spec: for training, the scale to train with (`lora_alpha`); what it says of the basis must be what the adapter
-            has.
+        spec: for training, the scale to train with (`lora_alpha`); what it says of the basis and the form must be what
+            the adapter has. Forms other than coefficients and plain LoRA need it.
+        cache: of bases, for forms that compute a frozen factor again to train further.
 
     Returns:
         The adapted layers' paths.
@@ -60,7 +64,9 @@ def attach_adapter(
     check_new_name(denoiser, adapter_name)
     check_weight(weight)
     check_fits(denoiser, adapter)
-    injection = _injection(adapter, trainable, spec)
+    injection = _injection(denoiser, adapter, spec, cache) if trainable else _frozen(adapter)
+    if trainable:
+        keep_gradients(denoiser)
     before = active_adapters(denoiser)
     inject(denoiser, adapter_name, injection)
     mixin.set_adapter([*before, adapter_name])
@@ -95,8 +101,9 @@ def _resolved(file: CoefficientsFile, name: str, module: nn.Module, cache: Basis
         raise QrloraError(f"{file.source} does not say which basis it needs.")
     weight = dense_weight(module, name)
     rank = part.fingerprint.shape[0]
-    spec = AdapterSpec(rank=rank, basis=header.basis, side=header.side, seed=header.seed)
-    vectors, misfit = align(cache.get(weight, spec, name).vectors, part.fingerprint)
+    spec = AdapterSpec(rank=rank, basis=header.basis, side=header.side, band=header.band, seed=header.seed)
+    computed = cache.get(weight, spec, name).vectors
+    vectors, misfit = align(computed, part.fingerprint, orthonormal=is_orthonormal(header.basis))
     if not misfit <= FINGERPRINT_TOLERANCE:
         raise QrloraError(
             f"{file.source}: the basis of {name} cannot be found again on this base model (misfit "
@@ -155,25 +162,67 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
     return (module.out_features, module.in_features)
 
 
-def _injection(adapter: Adapter, trainable: bool, spec: AdapterSpec | None) -> Injection:
+def form_in(adapter: Adapter) -> Form:
+    """What a file is: what its header says, else coefficients where it has a basis, else plain LoRA."""
     header = adapter.header
-    if not trainable:
-        return Injection(adapter.layers, 1.0, FACTORS, None, Record(header))
+    if adapter.form is not None:
+        return form_named(adapter.form)
+    return form_named(COEFFICIENTS if header is not None and header.side is not None else PLAIN_LORA)
+
+
+def ranks_of(adapter: Adapter) -> set[int]:
+    """The ranks of its layers as `AdapterSpec.rank` means them; a form's file may hold a pair of another rank."""
+    form = form_in(adapter)
+    return {form.rank(pair) for pair in adapter.layers.values()}
+
+
+def trained_size(adapter: Adapter) -> int:
+    """How many numbers an adapter trains, without masked ones."""
+    form = form_in(adapter)
+    return sum(
+        form.trained_size(pair, adapter.own.get(name, {}), adapter.header) for name, pair in adapter.layers.items()
+    )
+
+
+def _frozen(adapter: Adapter) -> Injection:
+    """Nothing trained: a low-rank form is there as its pair, any other as itself."""
+    form = form_in(adapter)
+    if form.low_rank:
+        form = form_named(PLAIN_LORA)
+    starts = _starts(adapter, form)
+    return Injection(starts, form, 1.0, (*FACTORS, OWN), None, Record(adapter.header, form.name))
+
+
+def _starts(adapter: Adapter, form: Form) -> dict[str, Start]:
+    starts = {name: Start(pair, adapter.own.get(name, {})) for name, pair in adapter.layers.items()}
+    for name, start in starts.items():
+        form.check_saved(start, f"{adapter.label}: {name}")
+    return starts
+
+
+def _injection(denoiser: nn.Module, adapter: Adapter, spec: AdapterSpec | None, cache: BasisCache | None) -> Injection:
+    header, form = adapter.header, form_in(adapter)
     if spec is not None:
-        _check_spec(adapter, spec)
+        _check_spec(adapter, form, spec)
+    elif form.names_itself:
+        raise QrloraError(
+            f"{adapter.label} is a {form.name} adapter, which needs the spec it was made with to be trained further."
+        )
     side = header.side if header is not None else None
-    trained: Factor = "lora_A" if side == "output" else "lora_B"
-    frozen: tuple[Factor, ...] = () if side is None else ("lora_B",) if side == "output" else ("lora_A",)
     mask = spec.mask if spec is not None else header.mask if header is not None else "full"
-    masked = trained if mask == "upper" and side is not None else None
+    masked = masked_factor(form, mask, side)
     for name, pair in adapter.layers.items():
         if masked is not None:
             _check_upper(adapter, name, pair.A if masked == "lora_A" else pair.B, masked)
-    scale = spec.scale if spec is not None else 1.0
-    factors = adapter.layers if scale == 1 else adapter.scaled(1 / scale).layers
+    starts = _starts(adapter, form)
+    if spec is not None:
+        modules, store = adaptable_layers(denoiser), cache if cache is not None else BasisCache()
+        for name, start in starts.items():
+            starts[name] = form.resume(start, dense_weight(modules[name], name), spec, name, store)
     if header is not None and spec is not None:
-        header = header.model_copy(update={"mask": mask, "lora_alpha": spec.rank * scale})
-    return Injection(factors, scale, frozen, masked, Record(header, spec))
+        header = header.model_copy(update={"mask": mask, "lora_alpha": spec.rank * spec.scale})
+    scale = spec.scale if spec is not None else 1.0
+    return Injection(starts, form, scale, form.frozen(side), masked, Record(header, form.name))
 
 
 def _check_upper(adapter: Adapter, name: str, trained: Tensor, factor: Factor) -> None:
@@ -181,17 +230,27 @@ def _check_upper(adapter: Adapter, name: str, trained: Tensor, factor: Factor) -
         raise QrloraError(f'{adapter.label}: {name} has values outside the upper triangle; train it with mask="full".')
 
 
-def _check_spec(adapter: Adapter, spec: AdapterSpec) -> None:
+def _check_spec(adapter: Adapter, form: Form, spec: AdapterSpec) -> None:
+    wanted = form_of(spec)
+    if wanted is not form and {wanted.name, form.name} != {COEFFICIENTS, PLAIN_LORA}:
+        raise QrloraError(
+            f"{adapter.label} is a {form.name} adapter, but form {wanted.name!r} is asked for; train it as it is."
+        )
     header = adapter.header if adapter.header is not None else Header(rank=1)
-    has = (header.basis or "lora", header.side)
-    wants = (spec.basis, None if spec.plain else spec.side)
+    if header.band != spec.band:
+        raise QrloraError(
+            f"{adapter.label} has the band {header.band}, but {spec.band} is asked for; train it as it is."
+        )
+    has = (header.basis or PLAIN_LORA, header.side)
+    wants = (spec.basis, wanted.side(spec))
     if has != wants:
         raise QrloraError(
             f"{adapter.label} has the basis {has[0]!r} on side {has[1]}, but {wants[0]!r} on side {wants[1]} "
             "is asked for; train it as it is."
         )
     for name, pair in adapter.layers.items():
-        if pair.rank != spec.rank:
+        rank = form.rank(pair)
+        if rank != spec.rank:
             raise QrloraError(
-                f"{adapter.label} has rank {pair.rank} at {name}, but rank {spec.rank} is asked for; train it as it is."
+                f"{adapter.label} has rank {rank} at {name}, but rank {spec.rank} is asked for; train it as it is."
             )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qrlora.adapter._spec import AdapterSpec
-from qrlora.basis import Basis, as_matrix, make_basis, weight_hash
+from qrlora.basis import Basis, as_matrix, is_orthonormal, make_basis, weight_hash
 from qrlora.errors import QrloraError, QrloraWarning
 from qrlora.formats import read_safetensors, write_safetensors
 
@@ -59,7 +59,7 @@ class BasisCache:
 
         Args:
             weight: dense, `[out, in]` or `[out, in, kh, kw]`.
-            spec: its basis, rank, side, solver and seed matter.
+            spec: its basis, rank, side, band, solver and seed matter.
             layer: the name used in messages, and in the seed of a random basis.
 
         Returns:
@@ -69,12 +69,17 @@ class BasisCache:
             QrloraError: what `make_basis` refuses.
         """
         wanted = _wanted(weight, spec, layer)
-        key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:40]
+        key = _key(wanted)
         if key not in _memory:
             _memory[key] = self._from_disk(key, wanted, weight, spec) or self._computed(
                 key, wanted, weight, spec, layer
             )
         return _memory[key]
+
+    def holds(self, weight: Tensor, spec: AdapterSpec, layer: str) -> bool:
+        """Whether `get` would find the basis in memory or on disk (where it may still turn out damaged)."""
+        key = _key(_wanted(weight, spec, layer))
+        return key in _memory or self._path(key).exists()
 
     @staticmethod
     def forget() -> None:
@@ -97,7 +102,14 @@ class BasisCache:
 
     def _computed(self, key: str, wanted: dict[str, Any], weight: Tensor, spec: AdapterSpec, layer: str) -> Basis:
         made = make_basis(
-            weight, spec.rank, spec.basis, side=spec.side, solver=spec.solver, seed=wanted["seed"], layer=layer
+            weight,
+            spec.rank,
+            spec.basis,
+            side=spec.side,
+            solver=spec.solver,
+            seed=wanted["seed"],
+            layer=layer,
+            band=spec.slice,
         )
         basis = Basis(made.vectors.cpu().contiguous(), made.name, made.side, made.solver, made.angle)
         entry = wanted | {"found_by": basis.solver, "angle": basis.angle, "checksum": _checksum(basis.vectors)}
@@ -110,7 +122,7 @@ class BasisCache:
 
 def _wanted(weight: Tensor, spec: AdapterSpec, layer: str) -> dict[str, Any]:
     """What identifies an entry. Only the random basis depends on a seed, so the others are shared by all seeds."""
-    return {
+    wanted: dict[str, Any] = {
         "version": _VERSION,
         "weight": weight_hash(weight),
         "basis": spec.basis,
@@ -119,6 +131,11 @@ def _wanted(weight: Tensor, spec: AdapterSpec, layer: str) -> dict[str, Any]:
         "solver": spec.solver,
         "seed": layer_seed(spec.seed, layer) if spec.basis == "random" else 0,
     }
+    return wanted if spec.band is None else wanted | {"band": spec.band}
+
+
+def _key(wanted: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:40]
 
 
 def _checksum(vectors: Tensor) -> str:
@@ -146,7 +163,9 @@ def _verified(
     shape = (out if spec.side == "output" else inputs, spec.rank)
     if vectors.dtype != torch.float32 or tuple(vectors.shape) != shape or _checksum(vectors) != checksum:
         raise QrloraError(f"{path} is damaged (its checksum or shape is wrong).")
-    error = float((vectors.T @ vectors - torch.eye(spec.rank)).abs().max())
-    if not error <= _ORTHONORMAL:
+    if not bool(torch.isfinite(vectors).all()):
+        raise QrloraError(f"{path} is damaged (its vectors are not finite).")
+    error = float((vectors.T @ vectors - torch.eye(spec.rank)).abs().max()) if is_orthonormal(spec.basis) else 0.0
+    if error > _ORTHONORMAL:
         raise QrloraError(f"{path} is damaged (its vectors are not orthonormal).")
     return Basis(vectors, spec.basis, spec.side, solver, angle)

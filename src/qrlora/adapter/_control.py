@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from torch import nn
 
 from qrlora.adapter._peft import (
-    FACTORS,
     active_adapters,
     as_mixin,
     configs,
@@ -16,6 +15,8 @@ from qrlora.adapter._peft import (
     record_of,
     weight_of,
 )
+from qrlora.adapter._variant import OWN, own_tensors
+from qrlora.adapter.forms._form import FACTORS
 from qrlora.errors import QrloraError
 from qrlora.formats._adapter import check_weight
 
@@ -26,7 +27,8 @@ def trainable_parameters(denoiser: nn.Module, adapter_name: str) -> dict[str, nn
     The mask of their gradients is put back where a copy of the model lost it.
 
     Returns:
-        Parameters by `{layer}.lora_A.weight` or `{layer}.lora_B.weight`; empty for an adapter attached frozen.
+        Parameters by `{layer}.lora_A.weight`, `{layer}.lora_B.weight`, or `{layer}.{key}` for those that a form adds;
+        empty for an adapter attached frozen.
 
     Raises:
         QrloraError: no such adapter.
@@ -42,6 +44,9 @@ def trainable_parameters(denoiser: nn.Module, adapter_name: str) -> dict[str, nn
             if header is not None and header.mask == "upper":
                 mask_gradient(parameter, factor)
             found[f"{name}.{factor}.weight"] = parameter
+        own = own_tensors(layer, adapter_name)
+        if own is not None and OWN not in frozen:
+            found |= {f"{name}.{key}": parameter for key, parameter in own.named_parameters()}
     return found
 
 

@@ -8,16 +8,11 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from qrlora.adapter._peft import (
-    base_scale,
-    component_of,
-    frozen_factors,
-    lora_layers,
-    record_of,
-    upper_triangle,
-    weight_of,
-)
+from qrlora.adapter._peft import component_of, held, lora_layers, record_of
+from qrlora.adapter._variant import FormVariant
 from qrlora.adapter._weights import combined_hash, hash_weights
+from qrlora.adapter.forms import Start, form_named
+from qrlora.adapter.forms._form import FACTORS, upper_triangle
 from qrlora.adapter.targets import adaptable_layers
 from qrlora.errors import QrloraError
 from qrlora.formats import Adapter, Header, LowRank, SaveDtype
@@ -31,7 +26,7 @@ def adapter_of(
     trigger_words: Iterable[str] = (),
     training: Mapping[str, Any] | None = None,
 ) -> Adapter:
-    """Copy an adapter off a denoiser, with its scale (`lora_alpha / rank`) baked into the trained factor.
+    """Copy an adapter off a denoiser, with its scale (`lora_alpha / rank`) baked in.
 
     The weight given by `set_adapters` is not part of it.
 
@@ -43,13 +38,20 @@ def adapter_of(
         training: the resolved training configuration, for the header; likewise.
 
     Raises:
-        QrloraError: no such adapter, one that is more than plain LoRA, or masked entries that are not zero.
+        QrloraError: no such adapter, one of another tool that is more than plain LoRA, or masked entries that are not
+            zero.
     """
     layers = lora_layers(denoiser, adapter_name)
-    header = record_of(denoiser, adapter_name).header
+    record = record_of(denoiser, adapter_name)
+    header, form = record.header, form_named(record.form)
     factors: dict[str, LowRank] = {}
-    for name, layer in layers.items():
-        factors[name] = _baked(layer, name, adapter_name)
+    own: dict[str, dict[str, Tensor]] = {}
+    for name, tensors in held(denoiser, adapter_name).items():
+        _check_ours(layers[name], name, adapter_name)
+        exported = _copied(form.export(tensors))
+        factors[name] = exported.pair
+        if exported.own:
+            own[name] = dict(exported.own)
         _check_mask(header, factors[name], name)
     if header is None:
         hashes = hash_weights(adaptable_layers(denoiser), layers)
@@ -58,7 +60,7 @@ def adapter_of(
     given: dict[str, Any] = {"base_model": base_model, "trigger_words": list(trigger_words)}
     given["training"] = dict(training) if training is not None else None
     header = Header.model_validate(header.model_dump() | {key: value for key, value in given.items() if value})
-    return Adapter(factors, header, component_of(denoiser))
+    return Adapter(factors, header, component_of(denoiser), own=own)
 
 
 def save_adapter(
@@ -101,25 +103,55 @@ def base_hash(denoiser: nn.Module, layers: Iterable[str]) -> str:
     return combined_hash(hash_weights(modules, wanted))
 
 
-def _baked(layer: LoraLayer, name: str, adapter_name: str) -> LowRank:
-    if adapter_name in layer.lora_variant or layer.lora_bias.get(adapter_name):
+def kept_tensors(denoiser: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Frozen tensors that an exact resume needs and the adapter's file does not hold to the last bit.
+
+    Returns:
+        By `{layer}.lora_A.weight`, `{layer}.lora_B.weight` or `{layer}.{key}`, as they are (not copies); empty for
+        coefficients and plain LoRA.
+
+    Raises:
+        QrloraError: no such adapter.
+    """
+    tensors = held(denoiser, adapter_name)
+    form = form_named(record_of(denoiser, adapter_name).form)
+    found: dict[str, Tensor] = {}
+    for name in tensors:
+        for key, tensor in form.kept(tensors[name]).items():
+            found[f"{name}.{key}.weight" if key in FACTORS else f"{name}.{key}"] = tensor.detach()
+    return found
+
+
+def restore_kept(denoiser: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `kept_tensors` gave, to the last bit.
+
+    Raises:
+        QrloraError: no such adapter, or these are not its tensors.
+    """
+    kept = kept_tensors(denoiser, adapter_name)
+    odd = sorted(kept.keys() ^ tensors.keys())
+    if odd:
+        raise QrloraError(f"{odd[0]} is in the adapter or in what was kept of it only; they do not belong together.")
+    for key, tensor in kept.items():
+        if tensor.shape != tensors[key].shape:
+            raise QrloraError(f"{key} has shape {list(tensors[key].shape)}, but here {list(tensor.shape)}.")
+        tensor.copy_(tensors[key])
+
+
+def _check_ours(layer: LoraLayer, name: str, adapter_name: str) -> None:
+    variant = layer.lora_variant.get(adapter_name)
+    if (variant is not None and not isinstance(variant, FormVariant)) or layer.lora_bias.get(adapter_name):
         raise QrloraError(
             f"adapter {adapter_name!r} is more than a plain LoRA at {name}, so it cannot be saved as one."
         )
-    scale = base_scale(layer, adapter_name)
-    A, B = _copied(weight_of(layer, "lora_A", adapter_name)), _copied(weight_of(layer, "lora_B", adapter_name))
-    if scale == 1:
-        return LowRank(B, A)
-    on_A = "lora_B" in frozen_factors(layer, adapter_name) and "lora_A" not in frozen_factors(layer, adapter_name)
-    return LowRank(B, _times(A, scale)) if on_A else LowRank(_times(B, scale), A)
 
 
-def _copied(parameter: nn.Parameter) -> Tensor:
-    return parameter.detach().to("cpu", torch.float32, copy=True)
+def _copied(start: Start) -> Start:
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", torch.float32, copy=True)
 
-
-def _times(tensor: Tensor, scale: float) -> Tensor:
-    return (tensor.double() * scale).float()
+    pair = LowRank(copied(start.pair.B), copied(start.pair.A))
+    return Start(pair, {key: copied(tensor) for key, tensor in start.own.items()})
 
 
 def _check_mask(header: Header | None, pair: LowRank, name: str) -> None:

@@ -1,4 +1,7 @@
-"""All that touches peft's and diffusers' insides: injection, freezing, masks, and an adapter's memory of itself."""
+"""All that touches peft's and diffusers' insides: injection, freezing, masks, and an adapter's memory of itself.
+
+Forms with a computation of their own stand in `_variant`.
+"""
 
 import math
 import re
@@ -6,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from diffusers.loaders.peft import PeftAdapterMixin
@@ -14,12 +17,14 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from qrlora.adapter._spec import AdapterSpec
+from qrlora.adapter._variant import OWN, give_form, held_by, own_tensors
+from qrlora.adapter.forms import Form, Held, Start
+from qrlora.adapter.forms._form import Factor, upper_triangle
+from qrlora.adapter.forms.lora import PLAIN_LORA
+from qrlora.basis import Side
 from qrlora.errors import QrloraError
-from qrlora.formats import Component, Header, LowRank
+from qrlora.formats import Component, Header
 
-Factor = Literal["lora_A", "lora_B"]
-FACTORS: tuple[Factor, Factor] = ("lora_A", "lora_B")
 _RECORD = "qrlora_record"
 
 
@@ -28,18 +33,31 @@ class Record:
     """What an adapter on a denoiser remembers of itself, kept on its peft config, so that it goes where that goes."""
 
     header: Header | None
-    spec: AdapterSpec | None = None
+    form: str = PLAIN_LORA
+    """What it is in memory: a file of another form that is not trained further may be here as its plain pair."""
+
+    @property
+    def side(self) -> Side | None:
+        return self.header.side if self.header is not None else None
 
 
 @dataclass(frozen=True)
 class Injection:
-    """An adapter about to be put on a denoiser: `factors` without their scale, and which of them stay frozen."""
+    """An adapter about to be put on a denoiser: its tensors without their scale, and which of them stay frozen."""
 
-    factors: Mapping[str, LowRank]
+    starts: Mapping[str, Start]
+    form: Form
     scale: float
-    frozen: tuple[Factor, ...]
+    frozen: tuple[str, ...]
     masked: Factor | None
     record: Record
+
+
+def masked_factor(form: Form, mask: str, side: Side | None) -> Factor | None:
+    """The factor whose gradient is masked, if any."""
+    if not form.masks or mask != "upper" or side is None:
+        return None
+    return "lora_A" if side == "output" else "lora_B"
 
 
 def as_mixin(denoiser: nn.Module) -> Any:
@@ -91,6 +109,19 @@ def weight_of(layer: LoraLayer, factor: Factor, adapter_name: str) -> nn.Paramet
     return cast(nn.Parameter, cast(nn.ModuleDict, getattr(layer, factor))[adapter_name].weight)
 
 
+def held(denoiser: nn.Module, adapter_name: str) -> dict[str, Held]:
+    """The adapter's tensors by layer, at its own scale.
+
+    Raises:
+        QrloraError: no adapter of that name.
+    """
+    layers, side = lora_layers(denoiser, adapter_name), record_of(denoiser, adapter_name).side
+    return {
+        name: held_by(layer, adapter_name, name, base_scale(layer, adapter_name), side)
+        for name, layer in layers.items()
+    }
+
+
 def frozen_factors(layer: LoraLayer, adapter_name: str) -> tuple[str, ...]:
     return layer.frozen_peft_weight_names.get(adapter_name, ())
 
@@ -138,22 +169,26 @@ def inject(denoiser: nn.Module, adapter_name: str, injection: Injection) -> None
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         mixin.add_adapter(config, adapter_name)
     setattr(configs(denoiser)[adapter_name], _RECORD, injection.record)
+    side = injection.record.side
     for name, layer in lora_layers(denoiser, adapter_name).items():
-        pair = injection.factors[name]
+        pair, own = injection.starts[name].pair, injection.starts[name].own
         for factor, tensor in (("lora_A", pair.A), ("lora_B", pair.B)):
             module = cast(nn.ModuleDict, getattr(layer, factor))[adapter_name]
             device = cast(Tensor, module.weight).device
             # A copy in fp32, whatever the base's dtype: adapters never share storage, which loaders overwrite in place.
             values = tensor.detach().to(device, torch.float32, copy=True).contiguous()
             module.weight = nn.Parameter(values, requires_grad=factor not in injection.frozen)
+        give_form(layer, adapter_name, injection.form, own, side)
         # peft reapplies this after set_adapter, enabling and copying; a bare requires_grad_(False) would be undone.
         layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: injection.frozen}
+        if OWN in injection.frozen and own:
+            cast(nn.Module, own_tensors(layer, adapter_name)).requires_grad_(False)
         if injection.masked is not None:
             mask_gradient(weight_of(layer, injection.masked, adapter_name), injection.masked)
 
 
 def _config(injection: Injection) -> LoraConfig:
-    ranks = {name: pair.rank for name, pair in injection.factors.items()}
+    ranks = {name: start.pair.rank for name, start in injection.starts.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {f"^{re.escape(name)}": other for name, other in ranks.items() if other != rank}
     alphas = {name: _whole(other * injection.scale) for name, other in pattern.items()}
@@ -175,12 +210,6 @@ class _UpperTriangle:
 
     def __call__(self, gradient: Tensor) -> Tensor:
         return upper_triangle(gradient, self.factor)
-
-
-def upper_triangle(tensor: Tensor, factor: Factor) -> Tensor:
-    """The tensor with its masked entries zero: lora_A `[r, n]` upper triangular, lora_B `[m, r]` lower."""
-    flat = tensor.flatten(1)
-    return (flat.triu() if factor == "lora_A" else flat.tril()).reshape(tensor.shape)
 
 
 def mask_gradient(parameter: nn.Parameter, factor: Factor) -> None:

@@ -3,12 +3,13 @@
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from qrlora.adapter._packed import packing, unpacked
 from qrlora.basis import weight_hash
 from qrlora.errors import QrloraError, QrloraWarning
 from qrlora.formats import same_weight
@@ -57,7 +58,7 @@ def dense_weight(module: nn.Module, layer: str) -> Tensor:
     """The weight `[out, in]` or `[out, in, kh, kw]` that the layer computes with, dequantised where it is quantised.
 
     Raises:
-        QrloraError: the weight is packed in a way that is not known here, or not loaded (meta device).
+        QrloraError: the weight is packed in a way that is not known, or not loaded (meta device).
     """
     base = base_layer(module)
     weight = cast(Tensor, base.weight)
@@ -65,43 +66,21 @@ def dense_weight(module: nn.Module, layer: str) -> Tensor:
         raise QrloraError(
             f"{layer} has no values (meta device); load or un-offload the base model before adding adapters."
         )
-    kind = type(weight).__name__
-    with torch.no_grad():
-        if kind in ("Params4bit", "Int8Params") or type(weight).__module__.startswith("torchao."):
-            dense = _dequantized_by_peft(base)
-        elif kind == "GGUFParameter":
-            dense = _dequantized_gguf(weight)
-        elif _is_plain(weight):
-            dense = weight.detach()
-        else:
-            raise QrloraError(
-                f"{layer} has a packed weight of type {kind} ({weight.dtype}), which qrlora cannot read; load the "
-                "base model in float32, bfloat16 or float16, or quantised by bitsandbytes, torchao or GGUF."
-            )
+    dense = weight.detach() if _is_plain(weight) else unpacked(base, layer)
     expected = (base.out_features, base.in_features) if isinstance(base, nn.Linear) else None
     if expected is not None and tuple(dense.shape) != expected:
         raise QrloraError(f"{layer}: the dequantised weight has shape {list(dense.shape)}, not {list(expected)}.")
     return dense
 
 
-def _dequantized_by_peft(base: nn.Module) -> Tensor:
-    from peft.utils.integrations import dequantize_module_weight
-
-    return dequantize_module_weight(base).detach()
-
-
-def _dequantized_gguf(weight: Tensor) -> Tensor:
-    # peft's own function returns GGUF's packed bytes as if they were the weight.
-    from diffusers.quantizers.gguf import utils as gguf_utils
-
-    return cast(Tensor, cast(Any, gguf_utils).dequantize_gguf_tensor(weight)).detach()
-
-
 def layer_hash(module: nn.Module, layer: str) -> str:
-    """`label:hash` of a layer's weight, as headers hold it; the label is the dtype, or names the packing."""
+    """`label:hash` of a layer's weight, as headers hold it; the label is the dtype, a packing's name before it.
+
+    So a header says from which weights its bases were made: "bfloat16:...", "packed-bitsandbytes.nf4-bfloat16:...".
+    """
     weight, dense = cast(Tensor, base_layer(module).weight), dense_weight(module, layer)
-    packing = "" if _is_plain(weight) else f"packed-{type(weight).__name__}-"
-    return f"{packing}{_dtype_name(dense.dtype)}:{weight_hash(dense)}"
+    packed = "" if _is_plain(weight) else f"packed-{packing(weight)}-"
+    return f"{packed}{_dtype_name(dense.dtype)}:{weight_hash(dense)}"
 
 
 def _is_plain(weight: Tensor) -> bool:

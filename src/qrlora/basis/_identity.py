@@ -20,7 +20,7 @@ def fingerprint(vectors: Tensor, seed: int = 0) -> Tensor:
     possible there.
 
     Arguments:
-        vectors: `Q [d, r]`, orthonormal columns.
+        vectors: `Q [d, r]`, orthonormal columns or not.
         seed: of G; the same for `align`.
 
     Returns:
@@ -31,13 +31,16 @@ def fingerprint(vectors: Tensor, seed: int = 0) -> Tensor:
         return _sketch(vectors.detach().to(device).double(), seed).to(_like(vectors))
 
 
-def align(vectors: Tensor, fingerprint: Tensor, seed: int = 0) -> tuple[Tensor, float]:
+def align(vectors: Tensor, fingerprint: Tensor, seed: int = 0, *, orthonormal: bool = True) -> tuple[Tensor, float]:
     """A recomputed basis, rotated within its span to the fingerprinted one (orthogonal Procrustes, Schonemann 1966).
 
+    The columns of a basis that is not orthonormal are defined one by one: they are compared as they are, not rotated.
+
     Arguments:
-        vectors: `[d, r]`, orthonormal columns, of the span that is hoped to be the same.
+        vectors: `[d, r]`, of the span, or with the columns, that is hoped to be the same.
         fingerprint: `[r, r]`, `fingerprint(Q, seed)` of the basis wanted.
         seed: as for `fingerprint`.
+        orthonormal: whether the columns are.
 
     Returns:
         The rotated vectors, in the dtype of `vectors`, and the misfit `||G^T V O - F||_F / ||F||_F`: about the angle
@@ -60,6 +63,8 @@ def align(vectors: Tensor, fingerprint: Tensor, seed: int = 0) -> tuple[Tensor, 
         if not math.isfinite(size) or size == 0.0:
             raise QrloraError("the fingerprint is zero or not finite; the file that holds it is damaged.")
         sketch = _sketch(basis, seed)
+        if not orthonormal:
+            return vectors.to(_like(vectors)), float(norms((sketch - wanted).flatten())) / size
         left, _, right = svd(sketch.T @ wanted)
         rotation = left @ right
         misfit = float(norms((sketch @ rotation - wanted).flatten())) / size

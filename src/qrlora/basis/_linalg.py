@@ -75,6 +75,12 @@ def qr(block: Tensor) -> tuple[Tensor, Tensor]:
     return q, r
 
 
+def symmetric(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues `[k]`, ascending, and eigenvectors `[k, k]` of a symmetric matrix."""
+    values, vectors = _lapack.eigh(matrix)
+    return values, vectors
+
+
 def eigenvectors(symmetric: Tensor) -> Tensor:
     """Eigenvectors `[k, k]` of a symmetric matrix, by descending eigenvalue."""
     _, ascending = _lapack.eigh(symmetric)

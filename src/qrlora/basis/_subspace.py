@@ -1,5 +1,6 @@
 """Leading and trailing singular subspaces of a weight, each with a bound on its own error."""
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -7,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from qrlora.basis._certificate import leading_angle, ritz, trailing_angle
+from qrlora.basis._certificate import Ritz, leading_angle, ritz, trailing_angle
 from qrlora.basis._linalg import LinAlgError, as_matrix
 from qrlora.basis._precision import full_precision, solving_device
 from qrlora.basis._solvers import exact_block, gram_block, krylov_block
@@ -47,8 +48,9 @@ def leading_subspace(
     solver: Solver = "auto",
     fp64: bool = False,
     layer: str = "weight",
+    columns: slice | None = None,
 ) -> Subspace:
-    """The subspace of the `rank` largest singular values.
+    """The subspace of the `rank` largest singular values, or of a slice of them.
 
     Every solver's proposal goes through a Rayleigh-Ritz step in fp64, whose residuals over the gap to value rank + 1
     bound the angle (Davis and Kahan 1970). Energy captured says nothing here: a subspace with 99.8 % of it can be 80
@@ -63,6 +65,8 @@ def leading_subspace(
             first proves `ANGLE_TOLERANCE`; else exact, with a `QrloraWarning`.
         fp64: run the solver itself in fp64 too (slower; the exact solver within `auto` always does).
         layer: the name used in messages.
+        columns: which of the `rank` vectors to return, in order of singular values; all where None. Disjoint slices of
+            one subspace are orthogonal to each other, and `angle` is that of the slice.
 
     Returns:
         The subspace, in fp64, on the weight's device (on the CPU for mps, which has no fp64).
@@ -70,7 +74,7 @@ def leading_subspace(
     Raises:
         QrloraError: a rank above the limit, non-finite values, an unsuitable weight, an unknown side or solver.
     """
-    problem = _prepare(weight, rank, side, layer, leading=True)
+    problem = _prepare(weight, rank, side, layer, leading=True, columns=columns)
     check_choice("solver", solver, get_args(Solver), layer)
     with full_precision(problem.matrix.device):
         if solver != "auto":
@@ -83,7 +87,13 @@ def leading_subspace(
 
 
 def trailing_subspace(
-    weight: Tensor, rank: int, *, side: Side = "output", solver: Solver = "auto", layer: str = "weight"
+    weight: Tensor,
+    rank: int,
+    *,
+    side: Side = "output",
+    solver: Solver = "auto",
+    layer: str = "weight",
+    columns: slice | None = None,
 ) -> Subspace:
     """The subspace of the `rank` smallest singular values: the last columns of the thin U (or V for side `input`).
 
@@ -92,7 +102,7 @@ def trailing_subspace(
     the answer. Arguments, result and errors otherwise as for `leading_subspace`; `auto` is exact up to 512 on the
     smaller side and gram beyond.
     """
-    problem = _prepare(weight, rank, side, layer, leading=False)
+    problem = _prepare(weight, rank, side, layer, leading=False, columns=columns)
     check_choice("solver", solver, ("auto", "exact", "gram"), layer)
     with full_precision(problem.matrix.device):
         if solver != "auto":
@@ -135,16 +145,19 @@ class _Problem:
     exponent: int  # the weight is matrix * 2^exponent
     leading: bool
     layer: str
+    start: int  # the slice of the rank vectors that is returned
+    stop: int
 
 
-def _prepare(weight: Tensor, rank: int, side: Side, layer: str, *, leading: bool) -> _Problem:
+def _prepare(weight: Tensor, rank: int, side: Side, layer: str, *, leading: bool, columns: slice | None) -> _Problem:
     matrix = oriented(weight, side, layer)
     check_rank(rank, min(matrix.shape), layer)
+    start, stop, _ = (columns or slice(None)).indices(rank)
     # Only extreme weights are rescaled (exactly, and a copy): their Gram matrices would overflow or underflow.
     exponent = int(torch.frexp(matrix.abs().amax()).exponent)
     if abs(exponent) <= 20:
-        return _Problem(matrix, rank, 0, leading, layer)
-    return _Problem(_shifted(matrix, -exponent), rank, exponent, leading, layer)
+        return _Problem(matrix, rank, 0, leading, layer, start, stop)
+    return _Problem(_shifted(matrix, -exponent), rank, exponent, leading, layer, start, stop)
 
 
 def _shifted(values: Tensor, exponent: int) -> Tensor:
@@ -154,7 +167,8 @@ def _shifted(values: Tensor, exponent: int) -> Tensor:
 
 
 def _subspace(problem: _Problem, vectors: Tensor, values: Tensor, solver: str, angle: float) -> Subspace:
-    return Subspace(vectors.contiguous(), _shifted(values, problem.exponent), solver, angle)
+    part = slice(problem.start, problem.stop)
+    return Subspace(vectors[:, part].contiguous(), _shifted(values[part], problem.exponent), solver, angle)
 
 
 def _solve(problem: _Problem, solver: str, fp64: bool) -> Subspace:
@@ -177,12 +191,12 @@ def _solve(problem: _Problem, solver: str, fp64: bool) -> Subspace:
 def _leading(problem: _Problem, block: Tensor, solver: str) -> Subspace:
     rank = problem.rank
     found = ritz(problem.matrix, block)
-    angle = leading_angle(found, rank)
+    angle = _leading_angle(problem, found)
     for _ in range(_POLISH_STEPS):
         if angle <= ANGLE_TOLERANCE:
             break
         better = ritz(problem.matrix, found.image)
-        better_angle = leading_angle(better, rank)
+        better_angle = _leading_angle(problem, better)
         if better_angle >= angle:
             break
         found, angle = better, better_angle
@@ -192,8 +206,25 @@ def _leading(problem: _Problem, block: Tensor, solver: str) -> Subspace:
 def _trailing(problem: _Problem, block: Tensor, solver: str) -> Subspace:
     found = ritz(problem.matrix, block)
     first = block.shape[1] - problem.rank
-    angle = trailing_angle(found, problem.rank, min(problem.matrix.shape))
-    return _subspace(problem, found.vectors[:, first:], found.values[first:], solver, angle)
+    thin = min(problem.matrix.shape)
+    angles = [trailing_angle(found, problem.rank - problem.start, thin)]
+    if problem.stop < problem.rank:
+        angles.append(trailing_angle(found, problem.rank - problem.stop, thin))
+    return _subspace(problem, found.vectors[:, first:], found.values[first:], solver, _added(angles))
+
+
+def _leading_angle(problem: _Problem, found: Ritz) -> float:
+    angles = [leading_angle(found, problem.stop)]
+    if problem.start > 0:
+        angles.append(leading_angle(found, problem.start))
+    return _added(angles)
+
+
+def _added(angles: list[float]) -> float:
+    """Bound for the difference of nested subspaces: the sine of an angle is the norm of a difference of projectors."""
+    if len(angles) == 1:
+        return angles[0]
+    return math.degrees(math.asin(min(1.0, sum(math.sin(math.radians(angle)) for angle in angles))))
 
 
 def _certified(problem: _Problem, solvers: tuple[str, ...], fp64: bool) -> Subspace:

@@ -20,7 +20,7 @@ from qrlora.blend.roles import ROLES, Part, Role, copy_file, fill_trainings, pla
 from qrlora.blend.sheet import Cell, Grid, draw_sheet
 from qrlora.blend.sweep import draw_sweep
 from qrlora.formats import Adapter, read_adapter
-from qrlora.merging import merge
+from qrlora.merging import NormWarning, merge
 from qrlora.models import LoadedModel, load_pipeline
 from qrlora.training import TrainResult
 
@@ -167,7 +167,10 @@ def _merge(config: BlendConfig, adapters: dict[Role, Adapter]) -> tuple[Adapter,
             [adapters[role] for role in ROLES], [config.content_weight, config.style_weight], method=config.method
         )
     method = merged.header.method if merged.header is not None else config.method
-    reasons = [str(entry.message) for entry in said]
+    for entry in said:
+        if issubclass(entry.category, NormWarning):
+            warnings.warn(entry.message, entry.category, stacklevel=2)
+    reasons = [str(entry.message) for entry in said if not issubclass(entry.category, NormWarning)]
     return merged, f"{method}" + "".join(f" ({reason.rstrip('.')})" for reason in reasons)
 
 

@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qrlora.errors import QrloraError
-from qrlora.formats import atomic_write
+from qrlora.formats import atomic_write, open_adapter
 
 PNG_KEY = "qrlora"
 _MAX_PIXELS = 2**27
@@ -92,9 +92,9 @@ Chunk = Provenance | SheetProvenance | SampleProvenance
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of an adapter file, or of the weights file inside a peft folder."""
+    """sha256 of an adapter file, or of the file with the weights inside an adapter's folder."""
     if path.is_dir():
-        path = path / "adapter_model.safetensors"
+        path = open_adapter(path).tensors_at
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from typing import TextIO
 
@@ -20,7 +21,9 @@ VERBS = {
     "blend": "two pictures in; two adapters, their merge and a sheet of pictures out",
     "train": "train one adapter",
     "merge": "adapters into one adapter",
+    "analyze": "how adapters relate, layer by layer, as a report to read",
     "generate": "pictures with adapters at weights; or the same picture again",
+    "export": "an adapter file of any tool, written for another one",
     "inspect": "what an adapter file or a picture says of itself",
     "basis": "compute the bases of a model once, for all later trainings",
     "config": "write or check training configurations",
@@ -65,6 +68,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+# What the libraries say at every import, at any verbosity, of parts that text-to-image never calls, or of optional
+# packages that a model in use would miss with an error of its own.
+_NOISE = {
+    "transformers.utils.import_utils": "requires torchvision (not installed)",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
+    "torch.utils._pytree": "register_constant() on Enum subclasses is deprecated",
+    "torchao": "Failed to load",
+    "torchao.kernel.intmm": "Detected no triton",
+}
+
+
 def _run_verb(verb: str, arguments: list[str]) -> None:
     if verb not in VERBS:
         close = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5)
@@ -81,12 +96,12 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Of no concern at any verbosity: the pipelines import image processors that text-to-image never calls.
-    logging.getLogger("transformers.utils.import_utils").addFilter(_is_no_torchvision_advice)
+    for name, words in _NOISE.items():
+        logging.getLogger(name).addFilter(partial(_lacks, words))
 
 
-def _is_no_torchvision_advice(record: logging.LogRecord) -> bool:
-    return "requires torchvision (not installed)" not in record.getMessage()
+def _lacks(words: str, record: logging.LogRecord) -> bool:
+    return words not in record.getMessage()
 
 
 def _show_warning(

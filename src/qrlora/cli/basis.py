@@ -19,7 +19,7 @@ class BasisOptions(BaseModel):
     """Hub id or local diffusers folder; none means the embedded base."""
     rank: int = Field(default=64, gt=0)
     basis: str = "qr"
-    """qr, svd, minor, random."""
+    """qr, svd, minor, random, ica."""
     side: Literal["output", "input"] = "output"
     solver: Literal["auto", "exact", "gram", "krylov"] = "auto"
     target_modules: tuple[str, ...] = ("auto",)
@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> None:
     if options.basis == "lora":
         raise QrloraError("--basis lora has no basis to compute: plain LoRA trains both factors; choose qr or another.")
     from qrlora import starter
-    from qrlora.adapter import AdapterSpec, BasisCache, add_adapter
+    from qrlora.adapter import AdapterSpec, BasisCache, add_adapter, basis_notice
     from qrlora.blend import choose_place
     from qrlora.models import load_pipeline
 
@@ -60,6 +60,9 @@ def run(arguments: Sequence[str]) -> None:
             shown = time.perf_counter()
             say(f"{done}/{total} layers, {(shown - started) / done * (total - done):.0f} s left")
 
+    notice = basis_notice(denoiser, spec, cache=cache)
+    if notice is not None:
+        say(notice)
     layers = add_adapter(denoiser, spec, "basis", cache=cache, progress=progress)
     say(f"{len(layers)} bases of rank {spec.rank} in {time.perf_counter() - started:.1f} s")
     print(cache.folder)

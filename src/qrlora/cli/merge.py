@@ -29,6 +29,9 @@ class MergeOptions(BaseModel):
     """One an adapter; all 1 where not given."""
     method: str = "auto"
     """auto (sum on one stored basis, else concat), sum, concat..."""
+    normalize: bool = False
+    """First scale every adapter to the geometric mean of their norms, so that the weights alone say how strong each
+    is."""
     save_dtype: Literal["fp32", "bf16"] = "fp32"
     model: str | None = None
     """Hub id or local diffusers folder: the base model of files that hold coefficients only; needed for those alone.
@@ -48,9 +51,9 @@ def run(arguments: Sequence[str]) -> None:
         )
     refuse_existing(options.output, options.overwrite)
     from qrlora.formats import write_peft_folder
-    from qrlora.merging import merge
+    from qrlora.merging import merge, norm_ratio
 
-    merged = merge(_read(options), options.weights or None, options.method)
+    merged = merge(_read(options), options.weights or None, options.method, normalize=options.normalize)
     if as_file:
         merged.save(options.output, save_dtype=options.save_dtype)
     else:
@@ -58,6 +61,12 @@ def run(arguments: Sequence[str]) -> None:
     rank = max(pair.rank for pair in merged.layers.values())
     method = merged.header.method if merged.header is not None else options.method
     say(f"{len(options.adapters)} adapters merged by {method}: rank {rank}, {len(merged.layers)} layers")
+    parts = merged.header.merged_from or [] if merged.header is not None else []
+    sizes = [abs(part["weight"]) * part["norm"] * part.get("scale", 1.0) for part in parts]
+    ratio = norm_ratio(sizes)
+    if ratio is not None:
+        listed = ", ".join(f"{path} {size:.4g}" for path, size in zip(options.adapters, sizes, strict=True))
+        say(f"norm times weight: {listed}; ratio {ratio:.3g}")
     print(options.output)
 
 

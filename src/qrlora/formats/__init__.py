@@ -1,7 +1,8 @@
-"""Adapter files in and out: the native file, the peft folder, the coefficients-only file."""
+"""Adapter files in and out: our native file, which is diffusers', and those of peft, kohya, ComfyUI and others."""
 
 from qrlora.formats._adapter import Adapter, Component, Header, LowRank, SaveDtype, same_weight
 from qrlora.formats._atomic import atomic_write
+from qrlora.formats._base import weight_source
 from qrlora.formats._coefficients import (
     Coefficients,
     CoefficientsFile,
@@ -10,29 +11,48 @@ from qrlora.formats._coefficients import (
     read_coefficients,
     write_coefficients,
 )
+from qrlora.formats._import import Imported, Recognised, import_adapter, open_adapter, recognise
+from qrlora.formats._layout import WeightSource, format_names, register_layout
 from qrlora.formats._native import read_native, write_native
 from qrlora.formats._peft_folder import read_peft_folder, write_peft_folder
 from qrlora.formats._read import read_adapter
-from qrlora.formats._safetensors import read_metadata, read_safetensors, write_safetensors
+from qrlora.formats._safetensors import read_metadata, read_safetensors, shown, write_safetensors
+from qrlora.formats._write import write_adapter
+from qrlora.formats.keys import Family
+from qrlora.formats.layouts import load_layouts
+
+load_layouts()
 
 __all__ = [
     "Adapter",
     "Coefficients",
     "CoefficientsFile",
     "Component",
+    "Family",
     "Header",
+    "Imported",
     "LowRank",
+    "Recognised",
     "SaveDtype",
+    "WeightSource",
     "atomic_write",
     "basis_vectors",
+    "format_names",
+    "import_adapter",
     "is_coefficients",
+    "open_adapter",
     "read_adapter",
     "read_coefficients",
     "read_metadata",
     "read_native",
     "read_peft_folder",
     "read_safetensors",
+    "recognise",
+    "register_layout",
     "same_weight",
+    "shown",
+    "weight_source",
+    "write_adapter",
     "write_coefficients",
     "write_native",
     "write_peft_folder",

@@ -16,14 +16,22 @@ Component = Literal["transformer", "unet"]
 SaveDtype = Literal["fp32", "bf16"]
 FORMAT_VERSION = 1
 
+MAGNITUDE = "lora_magnitude_vector"
+"""DoRA's own tensor, by peft's and diffusers' name."""
+DORA = "dora"
+BEYOND_LORA = {DORA: "it rescales every row of W + B A", "gated": "its update differs from token to token"}
+"""Forms whose adapters have tensors beyond a low-rank pair, and why they are no LoRA."""
+
 
 class Header(BaseModel):
     """The provenance that our files carry beside a vanilla LoRA, as JSON under the metadata key `qrlora`.
 
     `basis` and `side` say which factor is frozen: `lora_B` for side "output", `lora_A` for "input"; both are None where
     neither factor is a basis (plain LoRA, concatenated merges). `rank` is the largest over the layers. `fingerprint` is
-    one SHA-256 over the fingerprints of all layers' bases. `weight_hashes` has one entry an adapted layer,
-    "dtype:hash"; `base_hash` is the hash of all of them. `method`, `merged_from` are set on merged adapters.
+    one SHA-256 over the fingerprints of all layers' bases. `band` is the slice "i/n" of a basis of n * rank singular
+    vectors. `form` is what the adapter is beyond that (see `qrlora.adapter.forms`), None for coefficients on a basis
+    and for plain LoRA. `weight_hashes` has one entry an adapted layer, "dtype:hash"; `base_hash` is the hash of all of
+    them. `method`, `merged_from` are set on merged adapters.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,7 +39,9 @@ class Header(BaseModel):
     format_version: int = FORMAT_VERSION
     basis: str | None = None
     side: Literal["output", "input"] | None = None
+    band: str | None = None
     mask: Literal["full", "upper"] = "full"
+    form: str | None = None
     rank: int = Field(gt=0)
     lora_alpha: float | None = None
     seed: int = 0
@@ -70,6 +80,11 @@ class LowRank:
         """The dense `dW` as a matrix `[out, in]` or `[out, in * kh * kw]`."""
         return self.B.flatten(1) @ self.A.flatten(1)
 
+    def norm(self) -> float:
+        """The Frobenius norm of `dW`, from r x r matrices in float64: `|B A|^2 = tr((B^T B) (A A^T))`."""
+        B, A = self.B.flatten(1).double(), self.A.flatten(1).double()
+        return max(0.0, float(((B.T @ B) * (A @ A.T)).sum())) ** 0.5
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -79,11 +94,13 @@ class Adapter:
         layers: module path (`transformer_blocks.0.attn.to_q`) to factors.
         header: provenance, or None for a LoRA of another tool.
         component: the pipeline component it belongs to.
+        own: module path to further tensors by key, for forms that are more than `W + B A`; see `check_low_rank`.
     """
 
     layers: Mapping[str, LowRank]
     header: Header | None = None
     component: Component = "transformer"
+    own: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict[str, Mapping[str, Tensor]])
     # Where a file was read, so that messages can name it; no part of the adapter's value.
     source: str | None = field(default=None, compare=False)
 
@@ -97,6 +114,26 @@ class Adapter:
     def label(self) -> str:
         """What messages call this adapter."""
         return self.source or "the adapter"
+
+    @property
+    def form(self) -> str | None:
+        """What the adapter is beyond coefficients or plain LoRA: its header's `form`, or "dora" for another tool's."""
+        if self.header is not None and self.header.form is not None:
+            return self.header.form
+        return DORA if any(MAGNITUDE in own for own in self.own.values()) else None
+
+    def check_low_rank(self, action: str) -> None:
+        """Refuse an adapter that is more than `W + B A`.
+
+        Args:
+            action: what cannot be done, such as "merged".
+
+        Raises:
+            QrloraError: says why.
+        """
+        if self.own:
+            why = BEYOND_LORA.get(self.form or "", "it is more than W + B A")
+            raise QrloraError(f"{self.label} is a {self.form} adapter and cannot be {action}, since {why}.")
 
     def scaled(self, weight: float) -> "Adapter":
         """The adapter times `weight`, which goes into the trained factor, so the basis stays as it is.
@@ -115,18 +152,30 @@ class Adapter:
     def save(self, path: str | Path, *, save_dtype: SaveDtype = "fp32", coefficients_only: bool = False) -> Path:
         """Write the native file: a vanilla diffusers LoRA with our header key; see `write_native`.
 
+        Adapters of a form that no other tool knows get keys of their own; see `write_own_form`.
         With `coefficients_only`, write the trained factor alone; see `write_coefficients`.
         """
         from qrlora.formats._coefficients import write_coefficients
         from qrlora.formats._native import write_native
+        from qrlora.formats._own_form import write_own_form
 
-        write = write_coefficients if coefficients_only else write_native
+        whole = write_own_form if self.own and self.form != DORA else write_native
+        write = write_coefficients if coefficients_only else whole
         return write(self, path, save_dtype=save_dtype)
 
 
 def trained_factor(header: Header | None) -> Literal["A", "B"]:
     """The factor that carries scales and weights: the trained one, or `lora_B` where both are trained."""
     return "A" if header is not None and header.side == "output" else "B"
+
+
+def scaled_pair(pair: LowRank, scale: float, header: Header | None) -> LowRank:
+    """The pair times `scale`, which goes into the trained factor."""
+    if scale == 1:
+        return pair
+    if trained_factor(header) == "A":
+        return LowRank(pair.B, pair.A * scale)
+    return LowRank(pair.B * scale, pair.A)
 
 
 def same_weight(one: str, other: str) -> bool | None:

@@ -57,6 +57,7 @@ def write_coefficients(adapter: Adapter, path: str | Path, *, save_dtype: SaveDt
             written.
     """
     target = checked_path(path)
+    adapter.check_low_rank("saved as coefficients only")
     header = adapter.header
     if header is None or header.basis is None or header.side is None or header.merged_from is not None:
         raise QrloraError(

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from qrlora.errors import QrloraError
 from qrlora.formats._adapter import (
+    DORA,
     FORMAT_VERSION,
+    MAGNITUDE,
     Adapter,
     Component,
     Header,
@@ -47,16 +49,22 @@ def write_native(adapter: Adapter, path: str | Path, *, save_dtype: SaveDtype = 
     """Write one `.safetensors` file that stock diffusers, ComfyUI and kohya's tools open.
 
     Keys are `{component}.{layer}.lora_A.weight` and `lora_B.weight`; alpha equals the rank, so the scale is 1. The
-    header holds diffusers' own `lora_adapter_metadata` and, under `qrlora`, `adapter.header` as JSON.
+    header holds diffusers' own `lora_adapter_metadata` and, under `qrlora`, `adapter.header` as JSON. DoRA's magnitudes
+    lie beside the factors, as diffusers has them.
 
     Raises:
-        QrloraError: a value is not finite (nothing is written), or the file cannot be written.
+        QrloraError: an adapter of a form that no other tool knows, a value that is not finite (nothing is written), or
+            the file cannot be written.
     """
+    if adapter.form != DORA:
+        adapter.check_low_rank("written for other tools")
     target = checked_path(path)
     tensors: dict[str, Tensor] = {}
     for name, pair in adapter.layers.items():
         for factor, tensor in (("lora_A", pair.A), ("lora_B", pair.B)):
             tensors[f"{adapter.component}.{name}.{factor}.weight"] = cast_to_save(name, tensor, save_dtype)
+    for key, tensor in magnitudes(adapter, save_dtype).items():
+        tensors[f"{adapter.component}.{key}"] = tensor
     config = {f"{adapter.component}.{key}": value for key, value in lora_config(adapter).items()}
     metadata = {"format": "pt", LORA_KEY: json.dumps(config, indent=2, sort_keys=True)}
     return write_safetensors(target, tensors, metadata | header_metadata(adapter.header))
@@ -69,16 +77,27 @@ def read_native(path: str | Path) -> Adapter:
         QrloraError: truncated, not finite, of another layout, with unknown keys: always naming the key.
     """
     source = Path(path)
-    tensors, metadata = read_safetensors(source)
+    return adapter_from(source, *read_safetensors(source))
+
+
+def adapter_from(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapter:
+    """The adapter that a diffusers file's tensors and metadata are; see `read_native`."""
     header = read_header(source, metadata)
-    component = _component(source, tensors)
+    component = component_in(source, tensors)
     stripped = {key.removeprefix(f"{component}."): tensor for key, tensor in tensors.items()}
     config: dict[str, Any] = {}
     if LORA_KEY in metadata:
         packed = json_object(source, metadata[LORA_KEY], f"the header key {LORA_KEY}")
         config = {key.removeprefix(f"{component}."): value for key, value in packed.items()}
-    layers = layers_of(source, stripped, config, header)
-    return Adapter(layers, header, component, source=str(source))
+    layers, own = layers_of(source, stripped, config, header)
+    return Adapter(layers, header, component, own, source=str(source))
+
+
+def magnitudes(adapter: Adapter, save_dtype: SaveDtype) -> dict[str, Tensor]:
+    """DoRA's tensors by `{layer}.lora_magnitude_vector`; none for other adapters."""
+    if adapter.form != DORA:
+        return {}
+    return {f"{name}.{MAGNITUDE}": cast_to_save(name, own[MAGNITUDE], save_dtype) for name, own in adapter.own.items()}
 
 
 def checked_path(path: str | Path) -> Path:
@@ -101,6 +120,7 @@ def lora_config(adapter: Adapter) -> dict[str, Any]:
     ranks = {name: pair.rank for name, pair in adapter.layers.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {f"^{re.escape(name)}": other for name, other in ranks.items() if other != rank}
+    # Whatever an adapter was made by, nothing is initialised again where it is loaded.
     return {
         "r": rank,
         "lora_alpha": rank,
@@ -110,7 +130,7 @@ def lora_config(adapter: Adapter) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "bias": "none",
         "init_lora_weights": True,
-        "use_dora": False,
+        "use_dora": adapter.form == DORA,
         "use_rslora": False,
     }
 
@@ -148,8 +168,12 @@ def json_object(source: Path, text: str, what: str) -> dict[str, Any]:
 
 def layers_of(
     source: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], header: Header | None
-) -> dict[str, LowRank]:
-    """Pair up `{layer}.lora_A.weight` and `{layer}.lora_B.weight`, in fp32, with the scale of `config` baked in."""
+) -> tuple[dict[str, LowRank], dict[str, dict[str, Tensor]]]:
+    """Pair up `{layer}.lora_A.weight` and `{layer}.lora_B.weight`, in fp32, with the scale of `config` baked in.
+
+    Returns:
+        The pairs by layer, and DoRA's magnitudes by layer and key.
+    """
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, found, factor = _split(key)
@@ -162,7 +186,8 @@ def layers_of(
             raise QrloraError(f"{source}: {key} has dtype {tensor.dtype}; the factors of a LoRA are floating point.")
         check_finite(f"{source}: {key}", tensor)
         factors.setdefault(name, {})[factor] = tensor.float()
-    _check_plain(source, config)
+    own = _magnitudes_of(source, factors, config)
+    _check_plain(source, {**config, "use_dora": False} if own else config)
     layers: dict[str, LowRank] = {}
     for name in sorted(factors, key=natural_key):
         pair = factors[name]
@@ -172,7 +197,23 @@ def layers_of(
         layers[name] = _with_scale(
             f"{source}: {name}", LowRank(pair["lora_B"], pair["lora_A"]), name, pair, config, header
         )
-    return layers
+    return layers, own
+
+
+def _magnitudes_of(
+    source: Path, factors: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any]
+) -> dict[str, dict[str, Tensor]]:
+    """DoRA's tensors; there for every layer or for none."""
+    own = {name: {MAGNITUDE: parts[MAGNITUDE]} for name, parts in factors.items() if MAGNITUDE in parts}
+    if not own and not config.get("use_dora"):
+        return {}
+    for name, parts in factors.items():
+        if name not in own:
+            raise QrloraError(f"{source} uses peft's use_dora, but {name}.{MAGNITUDE} is missing.")
+        size = own[name][MAGNITUDE].numel()
+        if "lora_B" in parts and size != parts["lora_B"].shape[0]:
+            raise QrloraError(f"{source}: {name}.{MAGNITUDE} has {size} values, which does not fit its lora_B.")
+    return own
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
@@ -181,10 +222,10 @@ def natural_key(name: str) -> list[tuple[int, str]]:
 
 
 def _split(key: str) -> tuple[str, bool, str]:
-    match = re.fullmatch(r"(.+)\.(?:(lora_[AB])\.weight|(alpha))", key)
+    match = re.fullmatch(rf"(.+)\.(?:(lora_[AB])\.weight|(alpha)|({MAGNITUDE})(?:\.weight)?)", key)
     if match is None:
         return "", False, ""
-    return match[1], True, match[2] or match[3]
+    return match[1], True, match[2] or match[3] or match[4]
 
 
 def _with_scale(
@@ -231,7 +272,7 @@ def _check_plain(source: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _component(source: Path, tensors: Mapping[str, Tensor]) -> Component:
+def component_in(source: Path, tensors: Mapping[str, Tensor]) -> Component:
     if not tensors:
         raise QrloraError(f"{source} holds no tensors.")
     found: dict[Component, str] = {}

@@ -1,20 +1,29 @@
 """A folder as peft's own `save_pretrained` writes it, for `PeftModel.from_pretrained`."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from qrlora.errors import QrloraError
-from qrlora.formats._adapter import Adapter, Component, SaveDtype
+from qrlora.formats._adapter import DORA, Adapter, Component, SaveDtype
 from qrlora.formats._atomic import atomic_write
-from qrlora.formats._native import cast_to_save, header_metadata, json_object, layers_of, lora_config, read_header
+from qrlora.formats._native import (
+    cast_to_save,
+    header_metadata,
+    json_object,
+    layers_of,
+    lora_config,
+    magnitudes,
+    read_header,
+)
 from qrlora.formats._safetensors import read_safetensors, write_safetensors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _COMPONENT_KEY = "qrlora_component"
 
 
@@ -27,10 +36,12 @@ def write_peft_folder(adapter: Adapter, folder: str | Path, *, save_dtype: SaveD
     target = Path(folder)
     if target.is_file():
         raise QrloraError(f"{target} is a file; a peft adapter is a folder.")
-    tensors: dict[str, Tensor] = {}
+    if adapter.form != DORA:
+        adapter.check_low_rank("written for peft")
+    tensors = {f"{PREFIX}{key}": tensor for key, tensor in magnitudes(adapter, save_dtype).items()}
     for name, pair in adapter.layers.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = cast_to_save(name, pair.A, save_dtype)
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = cast_to_save(name, pair.B, save_dtype)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = cast_to_save(name, pair.A, save_dtype)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = cast_to_save(name, pair.B, save_dtype)
     base = adapter.header.base_model if adapter.header else None
     config = {"peft_type": "LORA", "task_type": None, "inference_mode": True, "base_model_name_or_path": base}
     metadata = {"format": "pt", _COMPONENT_KEY: adapter.component, **header_metadata(adapter.header)}
@@ -46,23 +57,30 @@ def read_peft_folder(folder: str | Path) -> Adapter:
         QrloraError: a file is missing, the adapter is not a LoRA, or the weights are damaged, naming the key.
     """
     source = Path(folder)
-    config = _config(source / CONFIG_NAME)
+    config = read_config(source / CONFIG_NAME)
+    return adapter_from_folder(source, *read_safetensors(source / WEIGHTS_NAME), config)
+
+
+def adapter_from_folder(
+    source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: Mapping[str, Any]
+) -> Adapter:
+    """The adapter that a peft folder's tensors, metadata and configuration are; see `read_peft_folder`."""
     if config.get("peft_type") != "LORA":
         raise QrloraError(f"{source} is a peft adapter of type {config.get('peft_type')}, not LORA.")
-    tensors, metadata = read_safetensors(source / WEIGHTS_NAME)
     header = read_header(source, metadata)
     for key in tensors:
-        if not key.startswith(_PREFIX):
-            raise QrloraError(f"{source}: {key} does not start with {_PREFIX}, so it was not written by peft.")
-    stripped = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
-    layers = layers_of(source, stripped, config, header)
+        if not key.startswith(PREFIX):
+            raise QrloraError(f"{source}: {key} does not start with {PREFIX}, so it was not written by peft.")
+    stripped = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    layers, own = layers_of(source, stripped, config, header)
     component: Component = (
         "unet" if metadata.get(_COMPONENT_KEY) == "unet" or _looks_like_unet(layers) else "transformer"
     )
-    return Adapter(layers, header, component, source=str(source))
+    return Adapter(layers, header, component, own, source=str(source))
 
 
-def _config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """An `adapter_config.json`, as a JSON object."""
     if not path.is_file():
         raise QrloraError(f"{path} does not exist; a peft adapter folder has it beside {WEIGHTS_NAME}.")
     try:

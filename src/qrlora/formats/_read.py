@@ -1,36 +1,43 @@
-"""One door for every adapter that can be read as it is."""
+"""One door for every adapter that can be read."""
 
+import warnings
 from pathlib import Path
 
-from qrlora.errors import QrloraError
+from qrlora.errors import QrloraWarning
 from qrlora.formats._adapter import Adapter
-from qrlora.formats._coefficients import is_coefficients
-from qrlora.formats._native import read_native
-from qrlora.formats._peft_folder import CONFIG_NAME, read_peft_folder
-from qrlora.formats._safetensors import read_metadata
-
-DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
+from qrlora.formats._import import import_adapter
+from qrlora.formats._layout import WeightSource
 
 
-def read_adapter(path: str | Path) -> Adapter:
-    """Read an adapter: a diffusers LoRA file (ours or another tool's), a peft folder, or a folder diffusers saved to.
+def read_adapter(
+    path: str | Path,
+    *,
+    layout: str | None = None,
+    basis: str | None = None,
+    base: WeightSource | None = None,
+    lora_alpha: float | None = None,
+    top_k: int | None = None,
+    allow_unmatched: bool = False,
+) -> Adapter:
+    """Read an adapter of any known layout: ours, diffusers', peft's, kohya's, ComfyUI's, the published code's.
+
+    The arguments are those of `import_adapter`, which gives an account of every key too. With `allow_unmatched`, a
+    `QrloraWarning` says how many keys were left out.
 
     Raises:
-        QrloraError: nothing there, or what is there is truncated, not finite, of an unknown layout or of absurd size;
-            the sentence names the file and the key.
+        QrloraError: nothing there, or what is there is truncated, not finite, of an unknown layout or of absurd size,
+            with keys that are not understood or without something it needs; the sentence names the file and the key.
     """
-    source = Path(path)
-    if source.is_dir():
-        if (source / CONFIG_NAME).is_file():
-            return read_peft_folder(source)
-        if (source / DIFFUSERS_NAME).is_file():
-            return read_native(source / DIFFUSERS_NAME)
-        raise QrloraError(
-            f"{source} is a folder with neither {CONFIG_NAME} (peft) nor {DIFFUSERS_NAME} (diffusers) in it."
-        )
-    if is_coefficients(read_metadata(source)):
-        raise QrloraError(
-            f"{source} holds coefficients only, which need their base model: qrlora merge {source} --model MODEL "
-            "--output FILE makes it whole (in Python, qrlora.adapter.resolve_coefficients)."
-        )
-    return read_native(source)
+    imported = import_adapter(
+        path,
+        layout=layout,
+        basis=basis,
+        base=base,
+        lora_alpha=lora_alpha,
+        top_k=top_k,
+        allow_unmatched=allow_unmatched,
+    )
+    if imported.recognised.unmatched:
+        left_out = len(imported.recognised.unmatched)
+        warnings.warn(f"{path}: {left_out} keys are not understood and left out.", QrloraWarning, stacklevel=2)
+    return imported.adapter

@@ -9,7 +9,10 @@ files.
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,9 +34,23 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
-_MAX_HEADER = 64 * 1024 * 1024
+_MAX_HEADER = 16 * 1024 * 1024
 _MAX_ELEMENTS = 2**32
 _MAX_SIDE = 2**24
+_MAX_SIDES = 8
+_MAX_KEY = 512
+_MAX_TENSORS = 50_000
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+_PICKLE = "a pickle, which can run code when it is opened; convert it to .safetensors with the tool that made it"
+# First bytes of what people take for a safetensors file.
+_SIGNATURES = {
+    b"PK\x03\x04": _PICKLE,
+    **{bytes([0x80, protocol]): _PICKLE for protocol in range(2, 6)},
+    b"GGUF": "a GGUF file, not an adapter; give the adapter's .safetensors file",
+    b"version ": "a Git LFS pointer, not the file itself; download the file it stands for",
+    b"<!DOCTYP": "a web page, not an adapter; download the file again",
+    b"<html": "a web page, not an adapter; download the file again",
+}
 
 
 def write_safetensors(
@@ -71,6 +88,22 @@ def _bytes_of(tensor: Tensor) -> bytes:
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
+@dataclass(frozen=True)
+class TensorEntry:
+    """What a checked header says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A checked header: what a file holds, before anything of it is loaded."""
+
+    entries: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+
+
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a whole safetensors file onto the CPU, and its metadata.
 
@@ -80,60 +113,139 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     Raises:
         QrloraError: no such file, not a safetensors file, truncated, absurd sizes.
     """
-    source = Path(path)
-    metadata = read_metadata(source)
-    try:
-        with cast(Any, safe_open)(source, framework="pt", device="cpu") as file:
-            return {str(key): cast(Tensor, file.get_tensor(key)) for key in cast(list[str], file.keys())}, metadata
-    except (SafetensorError, OSError) as error:
-        raise QrloraError(f"{source} is not a readable safetensors file: {error}.") from error
+    contents = read_contents(path)
+    return read_tensors(path, contents.entries), dict(contents.metadata)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata alone, after the same checks of the header as `read_safetensors`."""
-    return _checked_header(Path(path))
+    return dict(read_contents(path).metadata)
 
 
-def _checked_header(source: Path) -> dict[str, str]:
+def read_tensors(path: str | Path, keys: Iterable[str]) -> dict[str, Tensor]:
+    """Load some tensors of a file whose header `read_contents` has checked, onto the CPU.
+
+    Raises:
+        QrloraError: the file is not what it was, or the library finds fault with it.
+    """
+    source = Path(path)
+    try:
+        with cast(Any, safe_open)(source, framework="pt", device="cpu") as file:
+            return {key: cast(Tensor, file.get_tensor(key)) for key in keys}
+    except (SafetensorError, OSError) as error:
+        raise QrloraError(f"{source} is not a readable safetensors file: {error}.") from error
+
+
+def read_contents(path: str | Path) -> Contents:
+    """Read and check a file's header; nothing that it claims is allocated.
+
+    Raises:
+        QrloraError: no such file, a pickle or another kind of file, truncated, entries that are malformed, double,
+            absurd or overlap; naming the key.
+    """
+    source = Path(path)
     if not source.is_file():
         raise QrloraError(f"{source} does not exist or is not a file.")
+    if source.suffix.lower() in _PICKLES:
+        raise QrloraError(f"{source} is {_PICKLE}.")
+    text, available = _header_text(source)
+    header = _parsed(source, text)
+    metadata: Any = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise QrloraError(f"{source} is not a safetensors file: its metadata is not a JSON object.")
+    if len(header) > _MAX_TENSORS:
+        raise QrloraError(f"{source} claims {len(header)} tensors, more than any adapter or model has; it is damaged.")
+    spans: list[tuple[int, int, str]] = []
+    entries: dict[str, TensorEntry] = {}
+    for key, entry in header.items():
+        entries[key], span = _checked_entry(source, key, entry, available)
+        spans.append((*span, key))
+    _check_apart(source, spans)
+    return Contents(entries, {str(key): str(value) for key, value in cast(dict[str, Any], metadata).items()})
+
+
+def shown(key: str) -> str:
+    """A stranger's text as it may be printed: of bounded length, without control characters."""
+    text = key if key.isprintable() else key.encode("unicode_escape").decode()
+    return text if len(text) <= 160 else f"{text[:120]}... ({len(text)} characters)"
+
+
+def _header_text(source: Path) -> tuple[bytes, int]:
+    """The header's bytes, and how many bytes of tensors follow it."""
     try:
         size = source.stat().st_size
         with source.open("rb") as stream:
             start = stream.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 2 <= length <= min(size - 8, _MAX_HEADER):
+            for signature, what in _SIGNATURES.items():
+                if length > _MAX_HEADER and start.startswith(signature):
+                    raise QrloraError(f"{source} is {what}.")
+            if not 2 <= length <= size - 8:
                 raise QrloraError(f"{source} is not a safetensors file, or is truncated within its header.")
-            header = json.loads(stream.read(length))
+            if length > _MAX_HEADER:
+                raise QrloraError(
+                    f"{source} claims a header of {length} bytes, more than any adapter has; it is damaged."
+                )
+            return stream.read(length), size - 8 - length
     except OSError as error:
         raise QrloraError(f"{source} cannot be read: {error.strerror or error}.") from error
+
+
+def _parsed(source: Path, text: bytes) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            double, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise QrloraError(f"{source} is damaged: its header has {shown(double)} twice.")
+        return found
+
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=once)
+    except UnicodeDecodeError as error:
+        raise QrloraError(f"{source} is not a safetensors file: its header is not UTF-8 text.") from error
     except (ValueError, RecursionError) as error:
         raise QrloraError(f"{source} is not a safetensors file: its header is not JSON.") from error
     if not isinstance(header, dict):
         raise QrloraError(f"{source} is not a safetensors file: its header is not a JSON object.")
-    entries = cast(dict[str, Any], header)
-    metadata: Any = entries.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict):
-        raise QrloraError(f"{source} is not a safetensors file: its metadata is not a JSON object.")
-    for key, entry in entries.items():
-        _check_entry(source, key, entry, size - 8 - length)
-    return {str(key): str(value) for key, value in cast(dict[str, Any], metadata).items()}
+    return cast(dict[str, Any], header)
 
 
-def _check_entry(source: Path, key: str, entry: Any, available: int) -> None:
+def _checked_entry(source: Path, key: str, entry: Any, available: int) -> tuple[TensorEntry, tuple[int, int]]:
+    name = shown(key)
+    if len(key) > _MAX_KEY or not key.isprintable():
+        raise QrloraError(f"{source} is damaged or no adapter: {name} is not the name of a tensor.")
     try:
-        shape: list[int] = [int(side) for side in entry["shape"]]
-        begin, end = (int(offset) for offset in entry["data_offsets"])
+        shape = [_whole(side) for side in entry["shape"]]
+        begin, end = (_whole(offset) for offset in entry["data_offsets"])
         dtype = str(entry["dtype"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise QrloraError(f"{source}: the header's entry for {key} is malformed.") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise QrloraError(f"{source}: the header's entry for {name} is malformed.") from error
     if dtype not in _SIZES:
-        raise QrloraError(f"{source}: {key} has dtype {dtype}, which is not one of {', '.join(_SIZES)}.")
-    if any(not 0 <= side <= _MAX_SIDE for side in shape) or math.prod(shape) > _MAX_ELEMENTS:
-        raise QrloraError(f"{source}: {key} claims the absurd shape {shape}; the file is damaged or not an adapter.")
-    if end > available:
-        raise QrloraError(f"{source} is truncated: {key} ends {end - available} bytes past the end of the file.")
-    if end - begin != math.prod(shape) * _SIZES[dtype]:
+        raise QrloraError(f"{source}: {name} has dtype {shown(dtype)}, which is not one of {', '.join(_SIZES)}.")
+    absurd = len(shape) > _MAX_SIDES or any(not 0 <= side <= _MAX_SIDE for side in shape)
+    if absurd or math.prod(shape) > _MAX_ELEMENTS:
         raise QrloraError(
-            f"{source}: {key} holds {end - begin} bytes, which does not fit its shape {shape} in {dtype}."
+            f"{source}: {name} claims the absurd shape {shown(str(shape))}; the file is damaged or not an adapter."
         )
+    if end > available:
+        raise QrloraError(f"{source} is truncated: {name} ends {end - available} bytes past the end of the file.")
+    if begin < 0 or end - begin != math.prod(shape) * _SIZES[dtype]:
+        raise QrloraError(
+            f"{source}: {name} holds {end - begin} bytes from {begin} on, which does not fit its shape {shape} in "
+            f"{dtype}."
+        )
+    return TensorEntry(dtype, tuple(shape)), (begin, end)
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{value!r} is not a whole number")
+    return value
+
+
+def _check_apart(source: Path, spans: list[tuple[int, int, str]]) -> None:
+    """Tensors that share bytes would let a small file claim any number of large ones."""
+    ordered = sorted(spans)
+    for (_, end, key), (begin, _, following) in pairwise(ordered):
+        if begin < end:
+            raise QrloraError(f"{source} is damaged: {shown(key)} and {shown(following)} share bytes.")

@@ -15,12 +15,13 @@ def name_of(adapters: Sequence[Adapter], index: int) -> str:
 
 
 def check_compatible(adapters: Sequence[Adapter]) -> None:
-    """Refuse adapters of different components, layers, shapes or base models, naming the first difference.
+    """Refuse adapters that are no LoRA, or of different components, layers, shapes or base models, naming the first.
 
     Raises:
         QrloraError: as said; also when a value is not finite.
     """
     for index, adapter in enumerate(adapters):
+        adapter.check_low_rank("merged")
         _check_finite(name_of(adapters, index), adapter)
         if index:
             _check_same_layers(adapters, index)

@@ -32,6 +32,7 @@ def merged_header(
         kept = {
             "basis": first.basis,
             "side": first.side,
+            "band": first.band,
             "seed": first.seed,
             "fingerprint": first.fingerprint,
             "mask": first.mask if len(masks) == 1 else "full",

@@ -2,21 +2,31 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from qrlora.errors import QrloraError, QrloraWarning
 from qrlora.formats import Adapter
 from qrlora.formats._adapter import check_weight
 from qrlora.merging._checks import basis_difference, check_compatible
+from qrlora.merging._norms import equal_norm_scales, update_norm, warn_of_unequal_norms
 from qrlora.merging._registry import run
 
 BASIS_TOLERANCE = 1e-5
 
 
 def merge(
-    adapters: Sequence[Adapter], weights: Sequence[float] | None = None, method: str = "auto", **options: Any
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    method: str = "auto",
+    *,
+    normalize: bool = False,
+    **options: Any,
 ) -> Adapter:
     """Merge any number of adapters of one base model, `dW = sum_i weights[i] * dW_i`.
+
+    Adapters of unequal norms are told of in a `QrloraWarning` where the largest norm times weight is more than
+    `NORM_RATIO_LIMIT` times the smallest (a weight of 0 leaves an adapter out of that).
 
     Args:
         adapters: at least one; all of the same layers.
@@ -24,14 +34,18 @@ def merge(
         method: "sum" (one stored basis: exact at rank r), "concat" (any bases: exact at the summed rank), another
             registered method, or "auto": sum if the stored bases agree to 1e-5, otherwise concat, with a
             `QrloraWarning`.
+        normalize: first scale every adapter, by one factor for all its layers, to the geometric mean of the norms
+            `||dW_i||_F`, so that the weights alone say how strong each is. The mean does not depend on the order of
+            the adapters and keeps the product of their norms.
         **options: options of the method.
 
     Returns:
-        The merged adapter; its header's `method` says how it was made and `merged_from` from what.
+        The merged adapter; its header's `method` says how it was made and `merged_from` from what: each part's
+        `weight`, its own `norm` and, when normalised, the `scale` it was given besides.
 
     Raises:
         QrloraError: different layers or base models, values that are not finite, an explicit sum of different bases, an
-            unknown method or option; naming the layer.
+            unknown method or option; naming the layer; with `normalize`, an update of zero.
     """
     if not adapters:
         raise QrloraError("there is nothing to merge; give at least one adapter.")
@@ -41,7 +55,25 @@ def merge(
     for weight in used:
         check_weight(weight)
     check_compatible(adapters)
-    return run(_choose(adapters) if method == "auto" else method, adapters, used, options)
+    norms = [update_norm(adapter) for adapter in adapters]
+    notes: list[dict[str, Any]] = [{"norm": norm} for norm in norms]
+    parts = list(adapters)
+    if normalize:
+        scales = equal_norm_scales(adapters, norms)
+        parts = [adapter.scaled(scale) for adapter, scale in zip(adapters, scales, strict=True)]
+        notes = [note | {"scale": scale} for note, scale in zip(notes, scales, strict=True)]
+    else:
+        warn_of_unequal_norms(adapters, used, norms)
+    merged = run(_choose(parts) if method == "auto" else method, parts, used, options)
+    return _with_notes(merged, notes)
+
+
+def _with_notes(merged: Adapter, notes: Sequence[dict[str, Any]]) -> Adapter:
+    """What is known of the parts here, added to the methods' own account of them."""
+    if merged.header is None or merged.header.merged_from is None:
+        return merged
+    story = [part | note for part, note in zip(merged.header.merged_from, notes, strict=True)]
+    return replace(merged, header=merged.header.model_copy(update={"merged_from": story}))
 
 
 def _choose(adapters: Sequence[Adapter]) -> str:

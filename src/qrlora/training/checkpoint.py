@@ -1,7 +1,8 @@
 """Checkpoints: a folder `checkpoint-STEP` that is there whole or not at all, of safetensors and JSON alone.
 
 adapter.safetensors   the adapter at that step, an ordinary adapter file
-state.safetensors     coefficients and optimiser states in fp32, losses and gradient norms so far
+state.safetensors     coefficients and optimiser states in fp32, losses and gradient norms so far, and frozen tensors
+                      that the adapter file does not hold to the last bit
 state.json            step, what makes the run the same run, sizes of the files above
 """
 
@@ -23,6 +24,7 @@ from qrlora.formats import atomic_write, read_safetensors, write_safetensors
 
 ADAPTER, STATE, INDEX = "adapter.safetensors", "state.safetensors", "state.json"
 CURVES = "curves"
+KEPT = "kept/"
 VERSION = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
 _LEFTOVER = re.compile(r"\.(checkpoint-\d+|(adapter\.safetensors|config\.yaml|losses\.json)\.[0-9a-f]+)\.tmp")

@@ -1,6 +1,7 @@
 """Everything a training run can be told, under the names of the diffusers scripts."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -8,8 +9,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qrlora.adapter import AdapterSpec
-from qrlora.basis import basis_names
+from qrlora.adapter import AdapterSpec, check_spec
 from qrlora.errors import QrloraError
 
 Weighting = Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"]
@@ -117,11 +117,11 @@ class TrainConfig(BaseModel):
             config = cls.model_validate(nested)
         except ValidationError as error:
             raise QrloraError(_sentence(error, source)) from error
-        known = (*basis_names(), "lora")
-        if config.adapter.basis not in known:
-            raise QrloraError(
-                f"{source}: adapter.basis={config.adapter.basis!r} is not known; use one of {', '.join(known)}."
-            )
+        try:
+            check_spec(config.adapter)
+        except QrloraError as error:
+            names_a_key = re.match(r"\w+=", str(error)) is not None
+            raise QrloraError(f"{source}: {'adapter.' if names_a_key else ''}{error}") from error
         return config
 
     @classmethod

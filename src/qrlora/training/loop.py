@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 
-from qrlora.adapter import BasisCache, adapter_of, base_hash, target_layers
+from qrlora.adapter import BasisCache, adapter_of, base_hash, target_layers, trained_size
 from qrlora.data import load_examples, picture_files
 from qrlora.errors import QrloraError
 from qrlora.formats import read_adapter
@@ -39,7 +39,6 @@ from qrlora.training.setup import (
     load_model,
     prepare_adapter,
     restore,
-    trained_size,
     trigger_words,
 )
 from qrlora.training.trackers import Trackers
@@ -55,7 +54,7 @@ class TrainResult:
         losses: mean loss of each optimiser step, from step 0 also where the run was resumed.
         seconds: of this call, from its start.
         phases: seconds by phase of this call: load, encode, adapter, train.
-        parameters: trained coefficients, without masked ones.
+        parameters: how many numbers are trained, without masked ones.
         config: the configuration with nothing left open.
     """
 
@@ -98,7 +97,9 @@ def train(
     picture_files(config.instance_data_dir)  # a wrong path is told before a large model is loaded
     if config.init_from is not None:
         read_adapter(config.init_from)  # and so is a wrong adapter
-    accelerator = Accelerator(mixed_precision="no")
+    # Buffers are constant here; some forms keep large ones.
+    constant = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[constant])
     device = choose_device(config, loaded, accelerator)
     model, config = load_model(config, loaded, device, start)
     place = Place(device, config.mixed_precision == "bf16", accelerator.process_index, accelerator.num_processes)
@@ -166,7 +167,7 @@ def _prepare(
     optimiser = make_optimiser(config, parameters.values())
     curves = torch.zeros(2, config.max_train_steps, device=place.device)
     if start is not None:
-        restore(start, optimiser, parameters, curves)
+        restore(start, denoiser, optimiser, parameters, curves)
     # Nothing of the folder was touched so far: whatever could be refused has been.
     step = 0 if start is None else start.step
     trackers = Trackers(config, place, step)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from qrlora.adapter import AdapterSpec
 from qrlora.errors import QrloraError
 from qrlora.training.config import TrainConfig
 
@@ -60,6 +61,8 @@ def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], where: str) 
     Raises:
         QrloraError: names the first key that differs, with both values.
     """
+    # What a checkpoint of an older version does not know was at its default.
+    then = {f"adapter.{name}": value for name, value in AdapterSpec().model_dump(mode="json").items()} | dict(then)
     # Settings before hashes, some of which follow from settings.
     for key in sorted(set(now) | set(then), key=lambda key: (key in _CULPRITS, key)):
         if key == "max_train_steps" and now.get("lr_scheduler") in _STEADY:

@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 
-from qrlora.adapter import save_adapter
+from qrlora.adapter import kept_tensors, save_adapter
 from qrlora.data import Encoded
 from qrlora.errors import QrloraError
 from qrlora.models import LoadedModel
-from qrlora.training.checkpoint import CURVES, prune_checkpoints, save_checkpoint
+from qrlora.training.checkpoint import CURVES, KEPT, prune_checkpoints, save_checkpoint
 from qrlora.training.config import TrainConfig
 from qrlora.training.folder import forget
 from qrlora.training.interrupt import Interrupted, StopRequest
@@ -125,7 +125,9 @@ class Run:
         self.check_finite()
         folder = self.output / f"checkpoint-{self.step}"
         if self.place.main:
-            tensors = {CURVES: self.curves[:, : self.step], **optimiser_tensors(self.optimiser, self.parameters)}
+            kept = kept_tensors(self.model.denoiser, ADAPTER_NAME)
+            tensors = {CURVES: self.curves[:, : self.step], **{KEPT + key: tensor for key, tensor in kept.items()}}
+            tensors |= optimiser_tensors(self.optimiser, self.parameters)
             replace = folder in self.outdated
             save_checkpoint(self.output, self.step, self.record, tensors, self.save_adapter, replace=replace)
             self.forget_outdated(folder.name)

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,16 +18,19 @@ from qrlora.adapter import (
     BasisCache,
     add_adapter,
     attach_adapter,
+    basis_notice,
+    ranks_of,
     remove_adapter,
+    restore_kept,
     set_adapters,
     target_layers,
     trainable_parameters,
 )
 from qrlora.data import Encoded, Example, encode_examples
 from qrlora.errors import QrloraError, QrloraWarning
-from qrlora.formats import Adapter, read_adapter
+from qrlora.formats import read_adapter
 from qrlora.models import LoadedModel, load_pipeline, read_settings
-from qrlora.training.checkpoint import CURVES, Checkpoint
+from qrlora.training.checkpoint import CURVES, KEPT, Checkpoint
 from qrlora.training.config import TrainConfig
 from qrlora.training.optimiser import load_optimiser_tensors
 from qrlora.training.progress import ProgressReport
@@ -156,9 +160,10 @@ def prepare_adapter(
     A resumed run takes the stored basis rather than a recomputed one, which may differ in its last bits.
     """
     if start is not None:
-        attach_adapter(denoiser, read_adapter(start.adapter), ADAPTER_NAME, trainable=True, spec=config.adapter)
+        adapter = read_adapter(start.adapter)
+        attach_adapter(denoiser, adapter, ADAPTER_NAME, trainable=True, spec=config.adapter, cache=cache)
     elif config.init_from is not None:
-        _attach_initial(config, denoiser, config.init_from)
+        _attach_initial(config, denoiser, config.init_from, cache)
     else:
         _add_new(config, denoiser, cache, progress)
     set_adapters(denoiser, {ADAPTER_NAME: 1.0})
@@ -167,6 +172,9 @@ def prepare_adapter(
 
 def _add_new(config: TrainConfig, denoiser: nn.Module, cache: BasisCache | None, progress: bool) -> None:
     report: ProgressReport | None = None
+    notice = basis_notice(denoiser, config.adapter, cache=cache) if progress else None
+    if notice is not None:
+        print(notice, file=sys.stderr, flush=True)
 
     def advance(done: int, total: int) -> None:
         nonlocal report
@@ -181,9 +189,9 @@ def _add_new(config: TrainConfig, denoiser: nn.Module, cache: BasisCache | None,
             report.close()
 
 
-def _attach_initial(config: TrainConfig, denoiser: nn.Module, path: str) -> None:
+def _attach_initial(config: TrainConfig, denoiser: nn.Module, path: str, cache: BasisCache | None) -> None:
     adapter, spec = read_adapter(path), config.adapter
-    ranks = {pair.rank for pair in adapter.layers.values()}
+    ranks = ranks_of(adapter)
     if ranks != {spec.rank}:
         raise QrloraError(
             f"init_from: {path} has rank {', '.join(map(str, sorted(ranks)))}, but adapter.rank is {spec.rank}; make "
@@ -194,7 +202,7 @@ def _attach_initial(config: TrainConfig, denoiser: nn.Module, path: str) -> None
             f"init_from: {path} has mask {adapter.header.mask!r}, but adapter.mask is {spec.mask!r}; make them equal."
         )
     _check_layers(path, set(adapter.layers), set(target_layers(denoiser, spec.target_modules)))
-    attach_adapter(denoiser, adapter, ADAPTER_NAME, trainable=True, spec=spec)
+    attach_adapter(denoiser, adapter, ADAPTER_NAME, trainable=True, spec=spec, cache=cache)
 
 
 def _check_layers(path: str, has: set[str], wants: set[str]) -> None:
@@ -225,9 +233,13 @@ def file_hash(path: str | None) -> str | None:
 
 
 def restore(
-    start: Checkpoint, optimiser: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], curves: torch.Tensor
+    start: Checkpoint,
+    denoiser: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    parameters: dict[str, nn.Parameter],
+    curves: torch.Tensor,
 ) -> None:
-    """Coefficients, optimiser states and curves as they were at the checkpoint.
+    """Coefficients, frozen tensors, optimiser states and curves as they were at the checkpoint.
 
     Raises:
         QrloraError: the checkpoint holds other parameters than this model's adapter.
@@ -241,24 +253,14 @@ def restore(
         )
     tensors = start.tensors()
     past = tensors.pop(CURVES)
+    kept = {key.removeprefix(KEPT): tensors.pop(key) for key in list(tensors) if key.startswith(KEPT)}
     stored = {key.partition("/")[2] for key in tensors}
     if stored != set(parameters):
         odd = sorted(stored ^ set(parameters))[0]
         raise QrloraError(f"{start.folder} does not fit this adapter: {odd} is in one of them only.")
+    restore_kept(denoiser, ADAPTER_NAME, kept)
     load_optimiser_tensors(optimiser, parameters, tensors)
     curves[:, : start.step] = past.to(curves.device)
-
-
-def trained_size(adapter: Adapter) -> int:
-    """How many coefficients an adapter trains: the trained factor within its mask, or all of a plain LoRA."""
-    header = adapter.header
-    if header is None or header.side is None:
-        return sum(pair.A.numel() + pair.B.numel() for pair in adapter.layers.values())
-    factors = [
-        pair.A.flatten(1) if header.side == "output" else pair.B.flatten(1).T for pair in adapter.layers.values()
-    ]
-    masked = sum(len(factor) * (len(factor) - 1) // 2 for factor in factors) if header.mask == "upper" else 0
-    return sum(factor.numel() for factor in factors) - masked
 
 
 def trigger_words(examples: list[Example]) -> list[str]:

@@ -1,0 +1,54 @@
+"""DoRA, a baseline: plain LoRA, and a trained magnitude for each row of the weight."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from qrlora.adapter._cache import BasisCache
+from qrlora.adapter._spec import AdapterSpec
+from qrlora.adapter.forms._form import Form, Held, Start, check_basis, register_form
+from qrlora.adapter.forms.lora import plain_pair
+from qrlora.formats._adapter import MAGNITUDE
+
+
+@register_form
+class DoraForm(Form):
+    """`W' = m (W + s B A) / |W + s B A|`, norms of rows, `m` trained from `|W|` (arXiv 2402.09353).
+
+    peft's own DoRA takes the norms in the compute dtype, so on a bf16 base it does not start from exactly the base;
+    here they are fp32. As there, the norm is a constant for the gradient, and the weight of `set_adapters` scales B A
+    alone.
+    """
+
+    name = "dora"
+    bases = ("dora",)
+    trained_own = (MAGNITUDE,)
+    has_update = True
+    low_rank = False
+
+    def check(self, spec: AdapterSpec) -> None:
+        check_basis(spec, *self.bases)
+
+    def start(self, weight: Tensor, spec: AdapterSpec, layer: str, cache: BasisCache) -> Start:
+        pair = plain_pair(weight, spec, layer)
+        norms = _row_norms(weight, None).cpu()
+        # As peft shapes it: [out] for a Linear, [1, out, 1, 1] for a convolution.
+        return Start(pair, {MAGNITUDE: norms if weight.ndim == 2 else norms.reshape(1, -1, 1, 1)})
+
+    def update(self, held: Held, x: Tensor, result: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            change = held.scale * (held.B.flatten(1).float() @ held.A.flatten(1).float())
+            norms = _row_norms(held.dense(), change)
+        channels = (1, -1, 1, 1) if held.A.ndim == 4 else (-1,)
+        ratio = (held.own[MAGNITUDE].flatten() / norms).reshape(channels)
+        base = result if held.bias is None else result - held.bias.reshape(channels)
+        low_rank = held.scale * held.through_B(held.B, held.through_A(held.A, x))
+        return (ratio - 1) * base + ratio * low_rank
+
+
+def _row_norms(weight: Tensor, change: Tensor | None) -> Tensor:
+    """`[out]`, in fp32, of a weight plus a change `[out, n]`."""
+    rows = weight.detach().flatten(1).float()
+    norm = cast(Any, torch.linalg).vector_norm
+    return norm(rows if change is None else rows + change, dim=1)

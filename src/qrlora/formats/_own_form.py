@@ -1,0 +1,65 @@
+"""Files of adapters that no other tool knows, in keys of their own.
+
+Keys are `{component}.{layer}.{form}.B`, `.A` and `.{key}` for the form's own tensors, so stock loaders refuse the file
+instead of taking a part of it for the whole.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from qrlora.errors import QrloraError
+from qrlora.formats._adapter import Adapter, LowRank, SaveDtype, check_finite
+from qrlora.formats._native import (
+    cast_to_save,
+    checked_path,
+    component_in,
+    header_metadata,
+    natural_key,
+    read_header,
+)
+from qrlora.formats._safetensors import write_safetensors
+
+
+def write_own_form(adapter: Adapter, path: str | Path, *, save_dtype: SaveDtype = "fp32") -> Path:
+    """Write an adapter with tensors beyond a low-rank pair, whole.
+
+    Raises:
+        QrloraError: no form in the header, a value that is not finite (nothing is written), or the file cannot be
+            written.
+    """
+    target = checked_path(path)
+    if adapter.form is None:
+        raise QrloraError(f"{adapter.label} has tensors beyond a low-rank pair, but its header names no form.")
+    tensors: dict[str, Tensor] = {}
+    for name, pair in adapter.layers.items():
+        for key, tensor in {"B": pair.B, "A": pair.A, **adapter.own.get(name, {})}.items():
+            tensors[f"{adapter.component}.{name}.{adapter.form}.{key}"] = cast_to_save(name, tensor, save_dtype)
+    return write_safetensors(target, tensors, {"format": "pt", **header_metadata(adapter.header)})
+
+
+def own_form_from(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapter:
+    """The adapter that such a file's tensors and metadata are.
+
+    Raises:
+        QrloraError: no header that names a form, or a key that is not of that form, incomplete or not finite.
+    """
+    header = read_header(source, metadata)
+    if header is None or header.form is None:
+        raise QrloraError(f"{source} has no header that names a form of adapters.")
+    component, form = component_in(source, tensors), header.form
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, named, part = key.removeprefix(f"{component}.").rpartition(f".{form}.")
+        if not named or "." in part or not tensor.is_floating_point():
+            raise QrloraError(f"{source}: {key} is no tensor of a {form} adapter (LAYER.{form}.A, B and others).")
+        check_finite(f"{source}: {key}", tensor)
+        found.setdefault(name, {})[part] = tensor.float()
+    layers: dict[str, LowRank] = {}
+    for name in sorted(found, key=natural_key):
+        for factor in ("B", "A"):
+            if factor not in found[name]:
+                raise QrloraError(f"{source}: {name}.{form}.{factor} is missing; the file is incomplete.")
+        layers[name] = LowRank(found[name].pop("B"), found[name].pop("A"))
+    return Adapter(layers, header, component, found, source=str(source))

@@ -1,0 +1,68 @@
+"""ComfyUI's spellings: whatever its loader takes, and, written, `diffusion_model.{original name}.lora_up.weight`.
+
+Source: `comfy/lora.py` and `comfy/weight_adapter/lora.py` of https://github.com/comfyanonymous/ComfyUI.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qrlora.formats._adapter import Adapter
+from qrlora.formats._layout import AdapterFile, Evidence, ReadOptions, WritableLayout, WriteOptions, register_layout
+from qrlora.formats._native import cast_to_save, checked_path, header_metadata
+from qrlora.formats._safetensors import write_safetensors
+from qrlora.formats.layouts._named import original_layers
+from qrlora.formats.layouts._spelled import Spelled, assemble, spelled
+
+PREFIX = "diffusion_model."
+# Read by the kohya and the diffusers layouts, where the names are diffusers'.
+_ELSEWHERE = ("transformer.", "unet.")
+
+
+class Comfy(WritableLayout):
+    name = "comfy"
+    title = "ComfyUI"
+
+    def detect(self, file: AdapterFile, options: ReadOptions) -> Evidence | None:
+        if file.config is not None:
+            return None
+        keys = [each for each in _keys(file) if not _is_anothers(each)]
+        if not keys:
+            return None
+        spellings = Counter((each.prefix, each.suffix) for each in keys if each.role != "alpha")
+        (prefix, suffix), _ = (spellings or Counter([(PREFIX, ".alpha")])).most_common(1)[0]
+        return Evidence(len(keys), f"{len(keys)} keys are spelled as ComfyUI reads them, most {prefix}LAYER{suffix}")
+
+    def match(self, file: AdapterFile, options: ReadOptions) -> Mapping[str, str]:
+        return {each.key: ", ".join(part.path for part in each.target.parts) for each in _keys(file)}
+
+    def build(self, file: AdapterFile, tensors: Mapping[str, Tensor], options: ReadOptions) -> Adapter:
+        return assemble(file, _keys(file), tensors)
+
+    def write(self, adapter: Adapter, path: str | Path, options: WriteOptions) -> Path:
+        _, pairs = original_layers(adapter, options.family)
+        tensors: dict[str, Tensor] = {}
+        for name, pair in pairs.items():
+            stem = PREFIX + name
+            tensors[f"{stem}.lora_down.weight"] = cast_to_save(name, pair.A, options.save_dtype)
+            tensors[f"{stem}.lora_up.weight"] = cast_to_save(name, pair.B, options.save_dtype)
+            tensors[f"{stem}.alpha"] = torch.tensor(float(pair.rank))
+        metadata = {"format": "pt", **header_metadata(adapter.header)}
+        return write_safetensors(checked_path(path), tensors, metadata)
+
+
+def _keys(file: AdapterFile) -> list[Spelled]:
+    return [each for key in file.entries if (each := spelled(key)) is not None]
+
+
+def _is_anothers(each: Spelled) -> bool:
+    if each.prefix == "lora_unet_":
+        return True
+    modern = each.suffix in (".lora_A.weight", ".lora_B.weight", ".alpha")
+    return each.prefix in _ELSEWHERE and not each.original and modern
+
+
+COMFY = register_layout(Comfy())

@@ -1,0 +1,78 @@
+"""How strong adapters are beside each other. A merge of unequal norms is the commonest failure: one part vanishes."""
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from qrlora.errors import QrloraError, QrloraWarning
+from qrlora.formats import Adapter
+from qrlora.merging._checks import name_of
+
+NORM_RATIO_LIMIT = 3.0
+"""Above this ratio of the largest to the smallest norm times weight the weaker adapter has less than a tenth of the
+squared norm of the two, and `merge` warns."""
+
+
+class NormWarning(QrloraWarning):
+    """Of adapters so unequal in norm that one will hardly show."""
+
+
+def update_norm(adapter: Adapter, layers: Iterable[str] | None = None) -> float:
+    """The Frobenius norm of the whole update, `sqrt(sum_l ||B_l A_l||_F^2)`, in float64.
+
+    From the factors, `||B A||_F^2 = tr((B^T B)(A A^T))`; no dense update is formed.
+
+    Args:
+        adapter: any.
+        layers: those to count; all where None.
+    """
+    total = 0.0
+    for layer in adapter.layers if layers is None else layers:
+        pair = adapter.layers[layer]
+        B, A = pair.B.flatten(1).double(), pair.A.flatten(1).double()
+        total += float(torch.sum((B.T @ B) * (A @ A.T)))
+    return math.sqrt(max(0.0, total))
+
+
+def norm_ratio(sizes: Iterable[float]) -> float | None:
+    """Largest to smallest of the sizes that are not 0; None where fewer than two are left."""
+    left = [abs(size) for size in sizes if size]
+    return max(left) / min(left) if len(left) > 1 else None
+
+
+def warn_of_unequal_norms(adapters: Sequence[Adapter], weights: Sequence[float], norms: Sequence[float]) -> None:
+    """Tell of an adapter without any update, and of a ratio of norm times weight above `NORM_RATIO_LIMIT`."""
+    sizes = [abs(weight) * norm for weight, norm in zip(weights, norms, strict=True)]
+    for index, norm in enumerate(norms):
+        if not norm:
+            message = f"the update of {name_of(adapters, index)} is zero, so it adds nothing to the merge."
+            warnings.warn(message, NormWarning, stacklevel=3)
+    ratio = norm_ratio(sizes)
+    if ratio is None or ratio <= NORM_RATIO_LIMIT:
+        return
+    strong = sizes.index(max(sizes))
+    weak = sizes.index(min(size for size in sizes if size))
+    warnings.warn(
+        f"{name_of(adapters, strong)} is {ratio:.3g} times as strong as {name_of(adapters, weak)} (norm times weight), "
+        "which will hardly show; merge with normalize, or give it a larger weight.",
+        NormWarning,
+        stacklevel=3,
+    )
+
+
+def equal_norm_scales(adapters: Sequence[Adapter], norms: Sequence[float]) -> list[float]:
+    """One factor an adapter that brings its norm to the geometric mean of all norms.
+
+    Raises:
+        QrloraError: an update is zero.
+    """
+    for index, norm in enumerate(norms):
+        if not norm:
+            raise QrloraError(
+                f"the update of {name_of(adapters, index)} is zero, so no factor gives it the norm of the others; "
+                "leave it out, or merge without normalize."
+            )
+    mean = math.exp(math.fsum(map(math.log, norms)) / len(norms))
+    return [mean / norm for norm in norms]

@@ -1,0 +1,402 @@
+"""The forms against their papers' formulas in float64, and back from their files."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from qrlora.adapter import (
+    AdapterSpec,
+    adapter_of,
+    add_adapter,
+    attach_adapter,
+    kept_tensors,
+    ranks_of,
+    remove_adapter,
+    restore_kept,
+    set_adapters,
+    trainable_parameters,
+    trained_size,
+)
+from qrlora.errors import QrloraError
+from qrlora.formats import Adapter, LowRank, read_adapter, read_peft_folder, write_peft_folder
+from qrlora.merging import merge, refactor
+from tests.adapters_of_data import dense, relative
+from tests.tiny_models import inputs, output, run, tiny, tiny_flux
+
+FORMS: dict[str, dict[str, Any]] = {
+    "both": {"form": "both", "lora_alpha": 6.0},
+    "both-input": {"form": "both", "side": "input", "basis": "svd"},
+    "pissa": {"basis": "pissa", "lora_alpha": 6.0},
+    "olora": {"basis": "olora"},
+    "core": {"form": "core", "basis": "svd", "lora_alpha": 6.0},
+    "core-input": {"form": "core", "basis": "qr", "side": "input"},
+    "core-random": {"form": "core", "basis": "random"},
+    "dora": {"basis": "dora", "lora_alpha": 6.0},
+}
+FEW = {"flux": ["attn.to_q", "ff.net.2"], "unet": ["attn2.to_k", "conv_shortcut", "downsamplers.0.conv"]}
+
+
+def spec_for(name: str, kind: str = "flux", **fields: Any) -> AdapterSpec:
+    return AdapterSpec(**({"rank": 4, "target_modules": FEW[kind]} | FORMS[name] | fields))
+
+
+def shake(denoiser: nn.Module, size: float = 0.05, seed: int = 3) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in trainable_parameters(denoiser, "content").values():
+        parameter.data += torch.randn(parameter.shape, generator=generator) * size
+
+
+def with_form(name: str, kind: str = "flux", **fields: Any) -> Any:
+    denoiser = tiny(kind)
+    add_adapter(denoiser, spec_for(name, kind, **fields), "content")
+    return denoiser
+
+
+def lora_layers(denoiser: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in denoiser.named_modules() if isinstance(module, LoraLayer)}
+
+
+def factors(layer: Any) -> tuple[Tensor, Tensor]:
+    """lora_B and lora_A as matrices in float64."""
+    return tuple(getattr(layer, f)["content"].weight.detach().double().flatten(1) for f in ("lora_B", "lora_A"))  # pyright: ignore[reportReturnType]
+
+
+def expected_weight(name: str, layer: Any, start: tuple[Tensor, Tensor]) -> Tensor:
+    """`W'` as a matrix, by the paper's formula; `start` are the factors before anything was trained."""
+    W = layer.get_base_layer().weight.detach().double().flatten(1)
+    B, A = factors(layer)
+    scale = 6.0 / 4 if "lora_alpha" in FORMS[name] else 1.0
+    if name.startswith("core"):
+        core = layer.lora_own["content"].core.detach().double()
+        return W + scale * B @ core @ A
+    if name == "dora":
+        magnitude = layer.lora_own["content"].lora_magnitude_vector.detach().double().reshape(-1, 1)
+        moved = W + scale * B @ A
+        return magnitude * moved / moved.norm(dim=1, keepdim=True)
+    return W + scale * (B @ A - start[0] @ start[1])
+
+
+def apply(base: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    bias = base.bias.detach().double() if isinstance(base.bias, Tensor) else None
+    if isinstance(base, nn.Conv2d):
+        return F.conv2d(x.double(), weight.reshape(base.weight.shape), bias, base.stride, base.padding)
+    return F.linear(x.double(), weight, bias)
+
+
+def some_input(base: Any) -> Tensor:
+    shape = (2, base.in_channels, 6, 6) if isinstance(base, nn.Conv2d) else (3, base.in_features)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("name", FORMS)
+def test_layers_compute_the_papers_formula_and_so_does_the_file(name: str, kind: str, tmp_path: Path) -> None:
+    denoiser = with_form(name, kind)
+    starts = {path: factors(layer) for path, layer in lora_layers(denoiser).items()}
+    shake(denoiser)
+    set_adapters(denoiser, {"content": 1.0})
+    adapter = read_adapter(adapter_of(denoiser, "content").save(tmp_path / "a.safetensors"))
+    for path, layer in lora_layers(denoiser).items():
+        base = layer.get_base_layer()
+        x, expected = some_input(base), expected_weight(name, layer, starts[path])
+        with torch.no_grad():
+            got = layer(x)
+        assert relative(got, apply(base, expected, x)) < 1e-6
+        if name != "dora":
+            change = expected - base.weight.detach().double().flatten(1)
+            assert relative(dense(adapter, path), change) < 1e-5
+
+
+def test_both_starts_from_the_basis_and_its_projection() -> None:
+    qr, both = tiny_flux(), with_form("both")
+    add_adapter(qr, AdapterSpec(rank=4, target_modules=FEW["flux"]), "content")
+    for mine, theirs in zip(lora_layers(both).values(), lora_layers(qr).values(), strict=True):
+        Q, R = factors(mine)
+        assert torch.equal(Q, factors(theirs)[0])
+        W = mine.get_base_layer().weight.detach().double()
+        assert relative(R, Q.T @ W) < 1e-6
+        assert float(R[:, :4].tril(-1).abs().max()) < 1e-5
+    assert len(trainable_parameters(both, "content")) == 2 * len(lora_layers(both))
+
+
+def test_pissa_and_olora_start_where_peft_does() -> None:
+    for name in ("pissa", "olora"):
+        for layer in lora_layers(with_form(name)).values():
+            W = layer.get_base_layer().weight.detach().double()
+            B, A = factors(layer)
+            scale = 6.0 / 4 if name == "pissa" else 1.0
+            if name == "pissa":
+                U, S, V = torch.linalg.svd(W)
+                expected = U[:, :4] @ torch.diag(S[:4]) @ V[:4]
+                assert relative(B.norm(dim=0), (S[:4] / scale).sqrt()) < 1e-5
+                assert relative(A.norm(dim=1), (S[:4] / scale).sqrt()) < 1e-5
+            else:
+                Q, R = torch.linalg.qr(W)
+                expected = Q[:, :4] @ R[:4]
+            assert relative(scale * B @ A, expected) < 1e-5
+
+
+def test_a_core_is_between_frozen_singular_vectors() -> None:
+    denoiser = with_form("core")
+    for layer in lora_layers(denoiser).values():
+        U, S, V = torch.linalg.svd(layer.get_base_layer().weight.detach().double())
+        B, A = factors(layer)
+        assert relative(B @ A, U[:, :4] @ torch.diag(S[:4]) @ V[:4]) < 1e-5
+    parameters = trainable_parameters(denoiser, "content")
+    assert {tuple(parameter.shape) for parameter in parameters.values()} == {(4, 4)}
+    assert all(key.endswith(".core") for key in parameters)
+    trained = [key for key, parameter in denoiser.named_parameters() if parameter.requires_grad and "lora" in key]
+    assert len(trained) == len(parameters)
+    denoiser.set_adapter("content")  # which activates every parameter it knows
+    assert len(trained) == sum(p.requires_grad for key, p in denoiser.named_parameters() if "lora" in key)
+    assert trained_size(adapter_of(denoiser, "content")) == 16 * len(parameters)
+
+
+def test_cores_of_one_base_merge_at_their_rank() -> None:
+    parts: list[Adapter] = []
+    for _ in range(2):
+        denoiser = with_form("core")
+        shake(denoiser, seed=len(parts))
+        parts.append(adapter_of(denoiser, "content"))
+    merged = merge(parts, [1.0, 2.0])
+    for layer, pair in merged.layers.items():
+        assert pair.rank == 4
+        assert relative(dense(merged, layer), dense(parts[0], layer) + 2 * dense(parts[1], layer)) < 1e-5
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_training_goes_on_where_it_stopped(name: str, tmp_path: Path) -> None:
+    denoiser = with_form(name)
+    shake(denoiser)
+    expected = output(denoiser, inputs("flux"))
+    adapter = read_adapter(adapter_of(denoiser, "content").save(tmp_path / "a.safetensors"))
+    assert ranks_of(adapter) == {4}
+    parameters = trainable_parameters(denoiser, "content")
+    assert trained_size(adapter) == sum(parameter.numel() for parameter in parameters.values())
+    again = tiny_flux()
+    attach_adapter(again, adapter, "content", trainable=True, spec=spec_for(name))
+    assert relative(output(again, inputs("flux")), expected) < 1e-5
+    mine = trainable_parameters(again, "content")
+    assert list(mine) == list(parameters)
+    for key, parameter in mine.items():
+        assert relative(parameter.detach(), parameters[key].detach()) < 1e-5
+    # What a checkpoint keeps besides makes it exact.
+    restore_kept(again, "content", {key: tensor.clone() for key, tensor in kept_tensors(denoiser, "content").items()})
+    for key, parameter in mine.items():
+        parameter.data.copy_(parameters[key].detach())
+    assert torch.equal(output(again, inputs("flux")), expected)
+    run(again, inputs("flux")).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in mine.values())
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_attached_without_training_it_is_frozen_and_comes_off_as_it_was(name: str) -> None:
+    denoiser = with_form(name)
+    shake(denoiser)
+    adapter = adapter_of(denoiser, "content")
+    other: Any = tiny_flux()
+    base = output(other, inputs("flux"))
+    attach_adapter(other, adapter, "content")
+    assert relative(output(other, inputs("flux")), output(denoiser, inputs("flux"))) < 1e-5
+    other.set_adapter("content")
+    assert trainable_parameters(other, "content") == {}
+    assert not any(parameter.requires_grad for key, parameter in other.named_parameters() if "lora" in key)
+    back = adapter_of(other, "content")
+    assert back.header == adapter.header
+    assert all(torch.equal(back.layers[layer].B, pair.B) for layer, pair in adapter.layers.items())
+    assert {layer: set(own) for layer, own in back.own.items()} == {
+        layer: set(own) for layer, own in adapter.own.items()
+    }
+    remove_adapter(other, "content")
+    assert torch.equal(output(other, inputs("flux")), base)
+    assert not [key for key in other.state_dict() if "content" in key]
+
+
+@pytest.mark.parametrize("name", ["both", "core", "dora"])
+def test_two_adapters_side_by_side(name: str) -> None:
+    """Each with its own tensors and weight; removing one leaves the other."""
+    denoiser = with_form(name)
+    shake(denoiser)
+    alone = output(denoiser, inputs("flux"))
+    add_adapter(denoiser, AdapterSpec(rank=4, target_modules=FEW["flux"]), "style")
+    set_adapters(denoiser, {"content": 1.0, "style": 1.0})
+    assert torch.equal(output(denoiser, inputs("flux")), alone)  # style starts at zero
+    remove_adapter(denoiser, "style")
+    assert torch.equal(output(denoiser, inputs("flux")), alone)
+
+
+@pytest.mark.parametrize("name", ["both", "core"])
+def test_fused_and_unfused(name: str) -> None:
+    denoiser = with_form(name)
+    base_weights = {path: layer.get_base_layer().weight.clone() for path, layer in lora_layers(denoiser).items()}
+    shake(denoiser)
+    expected = output(denoiser, inputs("flux"))
+    denoiser.fuse_lora()
+    assert relative(output(denoiser, inputs("flux")), expected) < 1e-5
+    denoiser.unfuse_lora()
+    for path, layer in lora_layers(denoiser).items():
+        assert relative(layer.get_base_layer().weight, base_weights[path]) < 1e-6
+
+
+def test_dora_is_no_lora(tmp_path: Path) -> None:
+    denoiser = with_form("dora")
+    shake(denoiser)
+    adapter = adapter_of(denoiser, "content")
+    for action, doing in {
+        "merged": lambda: merge([adapter, adapter]),
+        "brought to another rank": lambda: refactor(adapter, 2),
+        "saved as coefficients only": lambda: adapter.save(tmp_path / "c.safetensors", coefficients_only=True),
+    }.items():
+        with pytest.raises(QrloraError, match=f"is a dora adapter and cannot be {action}"):
+            doing()
+    with pytest.raises(QrloraError, match="cannot be fused"):
+        denoiser.fuse_lora()
+    again = read_peft_folder(write_peft_folder(adapter, tmp_path / "peft"))
+    for layer, own in adapter.own.items():
+        assert torch.equal(again.own[layer]["lora_magnitude_vector"], own["lora_magnitude_vector"])
+
+
+def test_dora_starts_exactly_at_a_bf16_base_under_autocast() -> None:
+    """peft's own takes norms in bf16 there, and does not."""
+    denoiser: Any = tiny_flux().to(torch.bfloat16)
+    given = inputs("flux")
+    with torch.autocast("cpu", torch.bfloat16):
+        base = output(denoiser, given)
+        for name in ("dora", "both", "core"):
+            add_adapter(denoiser, spec_for(name), name)
+            assert torch.equal(output(denoiser, given), base)
+
+
+def test_the_input_side_keeps_only_coefficients_for_the_backward_pass() -> None:
+    """With lora_A frozen, autograd has no use for the layer's input: T x r numbers instead of T x in."""
+    kept: dict[str, int] = {}
+    for side in ("output", "input"):
+        denoiser = tiny_flux()
+        add_adapter(denoiser, AdapterSpec(rank=4, side=side, target_modules=["ff.net.2"]), "content")  # pyright: ignore[reportArgumentType]
+        layer: Any = lora_layers(denoiser)["transformer_blocks.0.ff.net.2"]
+        x = torch.randn(50, layer.in_features, requires_grad=True)
+        sizes: list[int] = []
+
+        def pack(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel() if tensor.shape[0] == 50 else 0)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            layer(x).sum().backward()
+        kept[side] = sum(sizes)
+    assert kept == {"output": 50 * 128, "input": 50 * 4}
+
+
+class TestRefactor:
+    def test_it_is_the_truncated_svd_and_reports_its_error(self) -> None:
+        denoiser = with_form("both", "unet")
+        shake(denoiser)
+        adapter = adapter_of(denoiser, "content")
+        for rank in (1, 3, 8, 50):
+            small, error = refactor(adapter, rank)
+            lost = total = 0.0
+            for layer in adapter.layers:
+                U, S, V = torch.linalg.svd(dense(adapter, layer), full_matrices=False)
+                best = U[:, :rank] @ torch.diag(S[:rank]) @ V[:rank]
+                assert float((dense(small, layer) - best).norm()) < 1e-5 * float(S.norm())
+                assert small.layers[layer].rank <= min(rank, 8)
+                lost, total = lost + float(S[rank:].square().sum()), total + float(S.square().sum())
+            assert error == pytest.approx((lost / total) ** 0.5, abs=1e-6)
+            assert small.header is not None
+            assert (small.header.method, small.header.form, small.header.basis) == ("refactor", None, None)
+        assert error == pytest.approx(0, abs=1e-6)
+
+    def test_edges(self) -> None:
+        zero = Adapter({"x.y": LowRank(torch.zeros(4, 2), torch.ones(2, 3))})
+        small, error = refactor(zero, 1)
+        assert error == 0
+        assert not dense(small, "x.y").any()
+        with pytest.raises(QrloraError, match="at least 1"):
+            refactor(zero, 0)
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"basis": "lora_ga"}, "basis='lora_ga' starts from gradients"),
+            ({"basis": "loftq"}, "basis='loftq' replaces the base"),
+            ({"basis": "pissa", "form": "coefficients"}, "'pissa' does not go with form='coefficients'"),
+            ({"basis": "lora", "form": "core"}, "'lora' does not go with form='core'"),
+            ({"form": "both", "init": "normal"}, "init='normal' means nothing for form='both'"),
+            ({"basis": "random", "band": "0/2"}, "band='0/2' needs a basis in the order of singular values"),
+            ({"basis": "lora", "band": "0/2"}, "band='0/2' needs"),
+            ({"basis": "olora", "band": "0/2"}, "band='0/2' needs"),
+            ({"rank": 17, "band": "0/2"}, "at most 16 in each of 2 bands, not 17"),
+            ({"form": "core", "basis": "ica"}, "needs orthonormal vectors"),
+        ],
+    )
+    def test_combinations(self, fields: dict[str, Any], message: str) -> None:
+        denoiser, before = tiny_flux(), str(tiny_flux())
+        with pytest.raises(QrloraError, match=message):
+            add_adapter(denoiser, AdapterSpec(**({"rank": 4, "target_modules": FEW["flux"]} | fields)), "content")
+        assert str(denoiser) == before
+
+    def test_specs(self) -> None:
+        for bad in ({"form": "bothh"}, {"band": "2/2"}, {"band": "0/1"}, {"band": "first"}):
+            with pytest.raises(ValueError, match=next(iter(bad.values()))):
+                AdapterSpec(**bad)  # pyright: ignore[reportArgumentType]
+        mica = AdapterSpec(basis="mica", side="input", mask="upper")
+        assert (mica.basis, mica.side, mica.mask) == ("minor", "output", "full")
+        assert AdapterSpec(form="both").mask == AdapterSpec(basis="pissa").mask == "full"
+
+    def test_another_form_is_not_trained_further(self) -> None:
+        denoiser = with_form("both")
+        adapter = adapter_of(denoiser, "content")
+        other = tiny_flux()
+        with pytest.raises(QrloraError, match="is a both adapter, but form 'coefficients' is asked for"):
+            attach_adapter(other, adapter, "content", trainable=True, spec=AdapterSpec(rank=4))
+        with pytest.raises(QrloraError, match="needs the spec it was made with"):
+            attach_adapter(other, adapter, "content", trainable=True)
+        core = adapter_of(with_form("core"), "content")
+        strange = Adapter(
+            {name: LowRank(pair.B, torch.ones_like(pair.A)) for name, pair in core.layers.items()}, core.header
+        )
+        with pytest.raises(QrloraError, match="its frozen factors are others"):
+            attach_adapter(other, strange, "content", trainable=True, spec=spec_for("core"))
+        with pytest.raises(QrloraError, match="do not belong together"):
+            restore_kept(denoiser, "content", {})
+
+
+class TestBands:
+    @pytest.mark.parametrize("basis", ["qr", "svd", "minor"])
+    @pytest.mark.parametrize("side", ["output", "input"])
+    def test_content_and_style_in_two_bands_merge_exactly(self, basis: str, side: str) -> None:
+        denoiser = tiny("unet")
+        parts: dict[str, Adapter] = {}
+        for index, name in enumerate(("content", "style")):
+            spec = AdapterSpec(
+                rank=3, basis=basis, side=side, band=f"{index}/2", init="normal", mask="full",
+                target_modules=["attn1.to_q", "conv_shortcut", "downsamplers.0.conv"],
+            )  # fmt: skip
+            add_adapter(denoiser, spec, name)
+            parts[name] = adapter_of(denoiser, name)
+        content, style = parts["content"], parts["style"]
+        assert content.header is not None
+        assert content.header.band == "0/2"
+        merged = merge(list(parts.values()), [0.9, 1.1], "concat")
+        for layer, pair in content.layers.items():
+            one, two = dense(content, layer), dense(style, layer)
+            across = one.T @ two if side == "output" else one @ two.T
+            assert float(across.norm()) < 1e-5 * float(one.norm() * two.norm())
+            assert relative(dense(merged, layer), 0.9 * one + 1.1 * two) < 1e-6
+            assert merged.layers[layer].rank == 2 * pair.rank == 6
+
+    def test_a_band_is_trained_further_as_such(self) -> None:
+        denoiser = tiny_flux()
+        spec = AdapterSpec(rank=3, band="1/2", target_modules=FEW["flux"])
+        add_adapter(denoiser, spec, "content")
+        adapter = adapter_of(denoiser, "content")
+        attach_adapter(tiny_flux(), adapter, "content", trainable=True, spec=spec)
+        with pytest.raises(QrloraError, match="has the band 1/2, but None is asked for"):
+            attach_adapter(tiny_flux(), adapter, "content", trainable=True, spec=spec.model_copy(update={"band": None}))
