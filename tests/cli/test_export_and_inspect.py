@@ -41,6 +41,18 @@ def test_export(kohya: Path, format: str, capsys: pytest.CaptureFixture[str]) ->
     assert facts(capsys, output)["layers"] == 6
 
 
+def test_export_at_a_rank(kohya: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error told is that of the dense updates' own truncated SVDs, in float64."""
+    assert main(["export", "k.safetensors", "--rank", "1", "--output", "one.safetensors"]) == 0
+    told = float(capsys.readouterr().err.split("relative error ")[1].split()[0])
+    dense = [pair.delta().double() for pair in read_adapter("k.safetensors").layers.values()]
+    values = [torch.linalg.svdvals(update) for update in dense]
+    lost, total = (sum(float(v[i:].square().sum()) for v in values) for i in (1, 0))
+    assert told == pytest.approx((lost / total) ** 0.5, rel=1e-2)
+    assert {pair.rank for pair in read_adapter("one.safetensors").layers.values()} == {1}
+    assert main(["export", "k.safetensors", "--rank", "0", "--output", "none.safetensors"]) == 2
+
+
 def test_bad_outputs_are_refused_before_anything_is_read(kohya: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "none", "--output", "a.bin"]) == 2
     assert "must end in .safetensors" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from pydantic import Field
 
 from qrlora.cli._files import FileOptions, base_weights
 from qrlora.cli._options import parse_options, refuse_existing, say
@@ -12,7 +13,10 @@ from qrlora.errors import QrloraError
 
 
 class ExportOptions(FileOptions):
-    """Write an adapter file, ours or another tool's, in the layout of another tool; its updates stay as they are."""
+    """Write an adapter file, ours or another tool's, in the layout of another tool.
+
+    Its updates stay as they are, unless a --rank is given.
+    """
 
     file: Annotated[Path, tyro.conf.Positional]
     """Adapter file, peft folder, or a folder that diffusers saved to."""
@@ -23,6 +27,8 @@ class ExportOptions(FileOptions):
     (qrlora alone reads it: gated adapters, which are no LoRA)."""
     family: Literal["flux", "sd3", "sdxl"] | None = None
     """For kohya and comfy: the model's family, where the layers do not tell it."""
+    rank: int | None = Field(default=None, gt=0)
+    """Bring every layer to at most this rank (truncated SVD); the relative error is told."""
     save_dtype: Literal["fp32", "bf16"] = "fp32"
     allow_unmatched: bool = False
     """Leave out keys that are not understood (text encoders, biases...) instead of refusing the file."""
@@ -51,6 +57,11 @@ def run(arguments: Sequence[str]) -> None:
         allow_unmatched=options.allow_unmatched,
     )
     adapter, recognised = imported.adapter, imported.recognised
+    if options.rank is not None:
+        from qrlora.merging import refactor
+
+        adapter, error = refactor(adapter, options.rank)
+        say(f"brought to rank {options.rank}: relative error {error:.3g} of the whole update")
     write_adapter(adapter, options.output, options.format, save_dtype=options.save_dtype, family=options.family)
     say(f"read as {recognised.layout.title}: {recognised.evidence}")
     say(f"{len(recognised.matched)} keys matched, {len(recognised.unmatched)} left out, {len(adapter.layers)} layers")
