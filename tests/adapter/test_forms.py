@@ -346,7 +346,7 @@ class TestRefused:
         for bad in ({"form": "bothh"}, {"band": "2/2"}, {"band": "0/1"}, {"band": "first"}):
             with pytest.raises(ValueError, match=next(iter(bad.values()))):
                 AdapterSpec(**bad)  # pyright: ignore[reportArgumentType]
-        mica = AdapterSpec(basis="mica", side="input", mask="upper")
+        mica = AdapterSpec(basis="mica")
         assert (mica.basis, mica.side, mica.mask) == ("minor", "output", "full")
         assert AdapterSpec(form="both").mask == AdapterSpec(basis="pissa").mask == "full"
 
@@ -400,3 +400,29 @@ class TestBands:
         attach_adapter(tiny_flux(), adapter, "content", trainable=True, spec=spec)
         with pytest.raises(QrloraError, match="has the band 1/2, but None is asked for"):
             attach_adapter(tiny_flux(), adapter, "content", trainable=True, spec=spec.model_copy(update={"band": None}))
+
+
+def test_dora_leaves_a_row_of_zeros_alone() -> None:
+    base = tiny_flux()
+    layer = base.transformer_blocks[0].attn.to_q
+    with torch.no_grad():
+        layer.weight[3] = 0
+    x = some_input(layer)
+    before = layer(x)
+    add_adapter(base, AdapterSpec(rank=2, basis="dora"), "drawn")
+    assert torch.equal(base.transformer_blocks[0].attn.to_q(x), before)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"form": "lora", "basis": "svd"}, "write basis='lora' instead"),
+        ({"form": "dora"}, "write basis='dora' instead"),
+        ({"basis": "lora", "band": "0/2"}, "band"),
+        ({"basis": "mica", "side": "input"}, "means side='output'"),
+        ({"basis": "mica", "form": "both"}, "does not go with form='both'"),
+    ],
+)
+def test_what_a_baseline_would_ignore_is_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises((QrloraError, ValueError), match=words):
+        add_adapter(tiny_flux(), AdapterSpec(rank=2, **given), "drawn")

@@ -81,3 +81,18 @@ def test_coefficients_alone_are_recognised(tmp_path: Path) -> None:
     assert recognise(path).layout.name == "coefficients"
     with pytest.raises(QrloraError, match="holds coefficients only, which need their base model"):
         read_adapter(path)
+
+
+def test_what_is_finite_in_the_file_alone_is_refused(tmp_path: Path) -> None:
+    """1e200 is a number in float64 and none in the float32 that factors are."""
+    huge = {"transformer.x.to_q.lora_A.weight": torch.ones(2, 4, dtype=torch.float64) * 1e200}
+    path = save({**huge, "transformer.x.to_q.lora_B.weight": torch.ones(4, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(QrloraError, match=r"x\.to_q has values that are not finite"):
+        read_adapter(path)
+
+
+@pytest.mark.parametrize("option", [{"basis": "ica"}, {"lora_alpha": 8.0}, {"top_k": 3}])
+def test_options_that_mean_nothing_to_a_layout_are_refused(tmp_path: Path, option: dict) -> None:
+    path = write_adapter(real_adapter("flux", "attn.to_q"), tmp_path / "a.safetensors", "diffusers")
+    with pytest.raises(QrloraError, match=f"to which {next(iter(option))} means nothing"):
+        read_adapter(path, **option)

@@ -213,7 +213,9 @@ class TestDamage:
             with suppress(QrloraError):
                 read_adapter(path)
 
-    @pytest.mark.parametrize("pattern", [{"(": 3}, {"to_q": "x"}, {"to_q": None}, ["to_q"], {"to_q": float("inf")}])
+    @pytest.mark.parametrize(
+        "pattern", [{"(": 3}, {"(a+)+b": 3}, {"to_q": "x"}, {"to_q": None}, ["to_q"], {"to_q": float("inf")}]
+    )
     def test_alpha_patterns_that_make_no_sense(self, tmp_path: Path, pattern: object) -> None:
         path = TestOtherTools().write(tmp_path / "a.safetensors", {"lora_alpha": 3, "alpha_pattern": pattern})
         with pytest.raises(QrloraError, match="to_q has"):

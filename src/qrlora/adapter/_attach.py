@@ -19,7 +19,7 @@ from qrlora.adapter._peft import (
 from qrlora.adapter._spec import PLAIN_LORA, AdapterSpec
 from qrlora.adapter._variant import OWN
 from qrlora.adapter._weights import base_layer, check_adaptable, check_base, dense_weight
-from qrlora.adapter.forms import Form, Start, form_named, form_of
+from qrlora.adapter.forms import Form, Start, form_named, form_names, form_of
 from qrlora.adapter.forms._form import COEFFICIENTS, FACTORS, Factor, upper_triangle
 from qrlora.adapter.targets import adaptable_layers
 from qrlora.basis import align, is_orthonormal
@@ -166,6 +166,11 @@ def form_in(adapter: Adapter) -> Form:
     """What a file is: what its header says, else coefficients where it has a basis, else plain LoRA."""
     header = adapter.header
     if adapter.form is not None:
+        if adapter.form not in form_names():
+            raise QrloraError(
+                f"{adapter.label} is of the form {adapter.form!r}, and known are {', '.join(form_names())}; a newer "
+                "qrlora may have made it."
+            )
         return form_named(adapter.form)
     return form_named(COEFFICIENTS if header is not None and header.side is not None else PLAIN_LORA)
 

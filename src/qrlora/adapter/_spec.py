@@ -81,7 +81,13 @@ class AdapterSpec(BaseModel):
         given = cast(dict[str, Any], values) if isinstance(values, dict) else {}
         if given.get("basis") != "mica":
             return cast(Any, values)
-        return given | {"basis": "minor", "side": "output", "mask": "full"}
+        meant = {"side": "output", "mask": "full"}
+        for key, value in meant.items():
+            if given.get(key, value) != value:
+                raise ValueError(f"basis='mica' means {key}={value!r}, not {given[key]!r}; use basis='minor' for that")
+        if given.get("form", "auto") not in ("auto", "coefficients"):
+            raise ValueError(f"basis='mica' does not go with form={given['form']!r}; use basis='minor' for that")
+        return given | {"basis": "minor", **meant}
 
     @model_validator(mode="after")
     def _mask_only_where_it_means_something(self) -> Self:

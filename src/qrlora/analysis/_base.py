@@ -30,6 +30,12 @@ class BaseWeights:
             for layer in adapter.layers:
                 if layer not in self._modules:
                     raise QrloraError(f"the model has no layer {layer}, which {name} adapts; give its own base model.")
+                has = tuple(dense_weight(self._modules[layer], layer).shape)
+                if has != adapter.layers[layer].shape:
+                    raise QrloraError(
+                        f"{name} adapts {layer} as a weight of shape {list(adapter.layers[layer].shape)}, but in the "
+                        f"model it has {list(has)}; give its own base model."
+                    )
             if adapter.header is not None:
                 check_base(self._modules, adapter.header.weight_hashes, name)
 

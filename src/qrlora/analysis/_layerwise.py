@@ -154,7 +154,7 @@ def _facts(name: str, adapter: Adapter, layers: list[LayerFacts]) -> AdapterFact
     header = adapter.header
     return AdapterFacts(
         name=name,
-        file=adapter.source,
+        file=adapter.source and adapter.source.encode("utf-8", "backslashreplace").decode(),
         component=adapter.component,
         basis=header.basis if header is not None else None,
         side=header.side if header is not None else None,

@@ -92,6 +92,8 @@ def _direction(pair: Pair) -> str:
 def _basis(pair: Pair) -> str:
     if not pair.mergeable:
         return "They do not merge, since one is more than a low-rank pair; both can be active at once."
+    if pair.only_first or pair.only_second or pair.other_shape:
+        return "They adapt different layers, so merge refuses them; both can be active at once."
     shared = sum(entry.shared_basis for entry in pair.layers)
     first, second = (max(entry.ranks[which] for entry in pair.layers) for which in (0, 1))
     if shared == len(pair.layers):

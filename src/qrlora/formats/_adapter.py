@@ -83,7 +83,7 @@ class LowRank:
     def norm(self) -> float:
         """The Frobenius norm of `dW`, from r x r matrices in float64: `|B A|^2 = tr((B^T B) (A A^T))`."""
         B, A = self.B.flatten(1).double(), self.A.flatten(1).double()
-        return max(0.0, float(((B.T @ B) * (A @ A.T)).sum())) ** 0.5
+        return max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0) ** 0.5  # in this order max keeps a nan
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qrlora.errors import QrloraError
-from qrlora.formats._adapter import Adapter
+from qrlora.formats._adapter import BEYOND_LORA, Adapter, check_finite
 from qrlora.formats._layout import AdapterFile, Evidence, Layout, ReadOptions, WeightSource, layout_named, layouts
 from qrlora.formats._peft_folder import CONFIG_NAME, WEIGHTS_NAME, read_config
 from qrlora.formats._safetensors import read_contents, shown
@@ -102,6 +102,7 @@ def import_adapter(
     options = ReadOptions(basis, base, lora_alpha, top_k)
     recognised = _recognise(path, layout, options)
     file = recognised.file
+    _check_options(file, recognised.layout, options)
     if recognised.needs is not None:
         raise QrloraError(f"{file.source} {recognised.needs}.")
     _check_method(file, recognised.matched)
@@ -116,7 +117,29 @@ def import_adapter(
                 f"{file.source}: {shown(key)} has the shape {list(shape)}, so a rank above {MAX_RANK}; this is no LoRA."
             )
     adapter = recognised.layout.build(file, file.load(recognised.matched), options)
+    _check_built(file, adapter)
     return Imported(adapter, recognised)
+
+
+def _check_options(file: AdapterFile, layout: Layout, options: ReadOptions) -> None:
+    for name in ("basis", "lora_alpha", "top_k"):
+        if getattr(options, name) is not None and name not in layout.takes:
+            raise QrloraError(
+                f"{file.source} is of the layout {layout.title}, to which {name} means nothing; leave --"
+                f"{name.replace('_', '-')} out."
+            )
+
+
+def _check_built(file: AdapterFile, adapter: Adapter) -> None:
+    """In fp32 and with its scale, what was finite in the file may be no more."""
+    for layer, pair in adapter.layers.items():
+        for tensor in (pair.A, pair.B, *adapter.own.get(layer, {}).values()):
+            check_finite(f"{file.source}: {layer}", tensor)
+    if adapter.form in BEYOND_LORA and not adapter.own:
+        raise QrloraError(
+            f"{file.source} says that it is a {adapter.form} adapter, but the tensors of that form are missing; "
+            "another tool has dropped them."
+        )
 
 
 def _recognise(path: str | Path, layout: str | None, options: ReadOptions) -> Recognised:

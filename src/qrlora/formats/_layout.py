@@ -75,6 +75,8 @@ class Layout(ABC):
     """For people, such as "kohya"."""
     extension: ClassVar[str] = ".safetensors"
     """What names of written files end in; nothing where a folder is written."""
+    takes: ClassVar[frozenset[str]] = frozenset()
+    """Those of `basis`, `lora_alpha` and `top_k` in `ReadOptions` that mean something to it."""
 
     @abstractmethod
     def detect(self, file: AdapterFile, options: ReadOptions) -> Evidence | None:

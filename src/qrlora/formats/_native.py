@@ -163,6 +163,10 @@ def json_object(source: Path, text: str, what: str) -> dict[str, Any]:
         raise QrloraError(f"{source}: {what} is not JSON.") from error
     if not isinstance(value, dict):
         raise QrloraError(f"{source}: {what} is not a JSON object.")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise QrloraError(f"{source}: {what} has half a character (a lone surrogate), which is no text.") from error
     return cast(dict[str, Any], value)
 
 
@@ -238,7 +242,7 @@ def _with_scale(
             float(found["alpha"]) if "alpha" in found else _pattern(config, "alpha_pattern", "lora_alpha", name, rank)
         )
     except (re.error, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise QrloraError(f"{label} has an alpha, or an alpha_pattern, that is not a number: {error}.") from error
+        raise QrloraError(f"{label} has an alpha, or an alpha_pattern, that cannot be used: {error}.") from error
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     if not math.isfinite(scale):
         raise QrloraError(f"{label} has the alpha {alpha}, which is not a finite number.")
@@ -250,9 +254,16 @@ def _with_scale(
 
 
 def _pattern(config: Mapping[str, Any], patterns: str, default: str, name: str, otherwise: float) -> float:
-    """A layer's value by peft's own rule: the first pattern that matches the end of the path, else the default."""
+    """A layer's value by peft's own rule: the first pattern that matches the end of the path, else the default.
+
+    Only names of layers, as tools write them, are taken for patterns: a stranger's expression may never end.
+    """
     for pattern, value in cast(dict[str, float], config.get(patterns) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        whole, path = pattern.startswith("^"), pattern.removeprefix("^").removesuffix("$")
+        path = re.sub(r"\\([^\w\s])", r"\1", path)
+        if not re.fullmatch(r"[\w.-]+", path):
+            raise ValueError(f"{patterns} has {pattern[:80]!r}, which is not the name of a layer")
+        if name == path or (not whole and name.endswith(f".{path}")):
             return float(value)
     return float(config.get(default, otherwise))
 

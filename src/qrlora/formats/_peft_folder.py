@@ -23,6 +23,7 @@ from qrlora.formats._safetensors import read_safetensors, write_safetensors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+_MAX_CONFIG = 16 * 1024 * 1024
 PREFIX = "base_model.model."
 _COMPONENT_KEY = "qrlora_component"
 
@@ -84,6 +85,8 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise QrloraError(f"{path} does not exist; a peft adapter folder has it beside {WEIGHTS_NAME}.")
     try:
+        if path.stat().st_size > _MAX_CONFIG:
+            raise QrloraError(f"{path} has {path.stat().st_size} bytes; a peft configuration is a few hundred.")
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise QrloraError(f"{path}: the file is not JSON: it is not UTF-8 text.") from error

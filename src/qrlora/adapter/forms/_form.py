@@ -240,6 +240,18 @@ def check_fields(spec: AdapterSpec, form: Form) -> None:
                 )
 
 
+def check_own_basis(spec: AdapterSpec) -> None:
+    """For a form that has no frozen basis, refuse any basis but its own name.
+
+    Raises:
+        QrloraError: says what to write instead.
+    """
+    if spec.basis != spec.form and spec.form != "auto":
+        raise QrloraError(f"form={spec.form!r} has no basis of its own; write basis={spec.form!r} instead.")
+    if spec.band is not None:
+        raise QrloraError(f"band={spec.band!r} needs a basis that has bands, and {spec.basis!r} has none.")
+
+
 def check_basis(spec: AdapterSpec, *more: str, orthonormal: bool = False) -> None:
     """Refuse a basis that is neither registered nor one of `more`, or that has not what is asked of it.
 

@@ -20,6 +20,7 @@ from qrlora.adapter.forms._form import (
 )
 from qrlora.adapter.forms.coefficients import seed_for
 from qrlora.basis import basis_names, make_pair
+from qrlora.errors import QrloraError
 from qrlora.formats import Header, LowRank
 
 _START_B, _START_A = "start_B", "start_A"
@@ -68,6 +69,10 @@ class BothForm(Form):
         a_change, a_now = (part if spec.scale == 1 else times(part, 1 / spec.scale) for part in saved.pair.A.chunk(2))
         pair = LowRank(b_start + b_change, a_now.contiguous())
         return Start(pair, {_START_B: b_start.contiguous(), _START_A: a_now - a_change})
+
+    def check_saved(self, saved: Start, layer: str) -> None:
+        if saved.pair.rank % 2:
+            raise QrloraError(f"{layer} has the odd rank {saved.pair.rank}, but form 'both' has twice a rank.")
 
     def rank(self, pair: LowRank) -> int:
         return pair.rank // 2

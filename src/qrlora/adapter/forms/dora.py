@@ -7,8 +7,9 @@ from torch import Tensor
 
 from qrlora.adapter._cache import BasisCache
 from qrlora.adapter._spec import AdapterSpec
-from qrlora.adapter.forms._form import Form, Held, Start, check_basis, register_form
+from qrlora.adapter.forms._form import Form, Held, Start, check_own_basis, register_form
 from qrlora.adapter.forms.lora import plain_pair
+from qrlora.errors import QrloraError
 from qrlora.formats._adapter import MAGNITUDE
 
 
@@ -28,7 +29,7 @@ class DoraForm(Form):
     low_rank = False
 
     def check(self, spec: AdapterSpec) -> None:
-        check_basis(spec, *self.bases)
+        check_own_basis(spec)
 
     def start(self, weight: Tensor, spec: AdapterSpec, layer: str, cache: BasisCache) -> Start:
         pair = plain_pair(weight, spec, layer)
@@ -36,12 +37,23 @@ class DoraForm(Form):
         # As peft shapes it: [out] for a Linear, [1, out, 1, 1] for a convolution.
         return Start(pair, {MAGNITUDE: norms if weight.ndim == 2 else norms.reshape(1, -1, 1, 1)})
 
+    def check_saved(self, saved: Start, layer: str) -> None:
+        magnitude = saved.own.get(MAGNITUDE)
+        if magnitude is None or set(saved.own) != {MAGNITUDE} or magnitude.numel() != saved.pair.B.shape[0]:
+            raise QrloraError(
+                f"{layer} says that it is a DoRA layer, but has no magnitude of {saved.pair.B.shape[0]} rows; the file "
+                "is damaged, or another tool has dropped it."
+            )
+
     def update(self, held: Held, x: Tensor, result: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             change = held.scale * (held.B.flatten(1).float() @ held.A.flatten(1).float())
             norms = _row_norms(held.dense(), change)
         channels = (1, -1, 1, 1) if held.A.ndim == 4 else (-1,)
-        ratio = (held.own[MAGNITUDE].flatten() / norms).reshape(channels)
+        # A row that is all zero (pruned, or zero at the start of its training) has no direction to scale.
+        safe = torch.where(norms > 0, norms, torch.ones_like(norms))
+        scaled = torch.where(norms > 0, held.own[MAGNITUDE].flatten() / safe, torch.ones_like(norms))
+        ratio = scaled.reshape(channels)
         base = result if held.bias is None else result - held.bias.reshape(channels)
         low_rank = held.scale * held.through_B(held.B, held.through_A(held.A, x))
         return (ratio - 1) * base + ratio * low_rank

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qrlora.adapter._cache import BasisCache
 from qrlora.adapter._spec import PLAIN_LORA, AdapterSpec
-from qrlora.adapter.forms._form import Form, Start, check_basis, register_form, shapes
+from qrlora.adapter.forms._form import Form, Start, check_own_basis, register_form, shapes
 from qrlora.adapter.forms.coefficients import drawn, generator_for
 from qrlora.basis import as_matrix
 from qrlora.formats import LowRank
@@ -22,7 +22,7 @@ class LoraForm(Form):
     names_itself = False
 
     def check(self, spec: AdapterSpec) -> None:
-        check_basis(spec, *self.bases)
+        check_own_basis(spec)
 
     def start(self, weight: Tensor, spec: AdapterSpec, layer: str, cache: BasisCache) -> Start:
         return Start(plain_pair(weight, spec, layer))

@@ -16,6 +16,7 @@ class Fork(Layout):
     """`lora.q` and `lora.delta_r` of QR-, SVD- or ICA-LoRA; with `gate` too, of Freq-MoE."""
 
     name = "fork"
+    takes = frozenset({"basis", "lora_alpha", "top_k"})
     title = "QR-LoRA fork for Stable Diffusion 3"
 
     def detect(self, file: AdapterFile, options: ReadOptions) -> Evidence | None:

@@ -26,6 +26,7 @@ class Published(Layout):
     """Q and dR, with the scale `lora_alpha / rank`, which the file does not say."""
 
     name = "published"
+    takes = frozenset({"basis", "lora_alpha"})
     title = "published QR-LoRA code"
 
     def detect(self, file: AdapterFile, options: ReadOptions) -> Evidence | None:
@@ -56,6 +57,7 @@ class PublishedQR(Layout):
     """Both factors trained from `B = Q, A = R`; what stock loaders make of the file is wrong by the base's `Q R`."""
 
     name = "published-qr"
+    takes = frozenset({"lora_alpha"})
     title = "published QR-LoRA code, Q and R trained together"
 
     def detect(self, file: AdapterFile, options: ReadOptions) -> Evidence | None:
