@@ -15,13 +15,13 @@ TARGETS: Mapping[str, list[str]] = {"flux": FLUX_TARGETS, "sd3": SD3_TARGETS, "u
 PREFIXES: Mapping[str, str] = {"flux": "transformer", "sd3": "transformer", "unet": "unet"}
 
 
-def tiny_flux(seed: int = 0, *, width: int = 32) -> FluxTransformer2DModel:
-    """Two double and two single blocks; 8 latent channels packed, text of `width`."""
+def tiny_flux(seed: int = 0, *, width: int = 32, blocks: int = 2) -> FluxTransformer2DModel:
+    """As many double as single `blocks`; 8 latent channels packed, text of `width`."""
     torch.manual_seed(seed)
     return FluxTransformer2DModel(
         in_channels=8,
-        num_layers=2,
-        num_single_layers=2,
+        num_layers=blocks,
+        num_single_layers=blocks,
         attention_head_dim=16,
         num_attention_heads=width // 16,
         joint_attention_dim=width,

@@ -8,7 +8,7 @@ from qrlora.adapter._estimate import basis_notice, estimate_seconds
 from qrlora.adapter._export import adapter_of, base_hash, kept_tensors, restore_kept, save_adapter
 from qrlora.adapter._spec import AdapterSpec
 from qrlora.adapter._usage import GateUsage, record_usage
-from qrlora.adapter._weights import check_base, dense_weight
+from qrlora.adapter._weights import dense_weight
 from qrlora.adapter.forms._form import check_spec
 from qrlora.adapter.targets import adaptable_layers, register_targets, target_layers
 
@@ -23,7 +23,6 @@ __all__ = [
     "attach_adapter",
     "base_hash",
     "basis_notice",
-    "check_base",
     "check_fits",
     "check_spec",
     "default_cache_folder",

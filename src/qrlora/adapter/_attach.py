@@ -24,8 +24,7 @@ from qrlora.adapter.forms._form import COEFFICIENTS, FACTORS, Factor, upper_tria
 from qrlora.adapter.targets import adaptable_layers
 from qrlora.basis import align, is_orthonormal
 from qrlora.errors import QrloraError
-from qrlora.formats import Adapter, CoefficientsFile, Component, Header, LowRank
-from qrlora.formats._adapter import check_weight
+from qrlora.formats import Adapter, CoefficientsFile, Component, Header, LowRank, check_weight
 
 FINGERPRINT_TOLERANCE = 1e-3
 

@@ -18,7 +18,7 @@ from qrlora.adapter._peft import (
 from qrlora.adapter._variant import OWN, own_tensors
 from qrlora.adapter.forms._form import FACTORS
 from qrlora.errors import QrloraError
-from qrlora.formats._adapter import check_weight
+from qrlora.formats import check_weight
 
 
 def trainable_parameters(denoiser: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:

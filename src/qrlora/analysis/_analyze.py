@@ -53,7 +53,7 @@ def analyze(
     named = _named(adapters, names)
     for name, adapter in named.items():
         _check_finite(name, adapter)
-    base = BaseWeights(denoiser, named) if denoiser is not None else None
+    base = BaseWeights(denoiser, named.values()) if denoiser is not None else None
     job = Layerwise(named, Baselines(seed, draws), base)
     job.run(progress)
     facts, pairs = job.facts(), job.pairs()

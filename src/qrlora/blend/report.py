@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from qrlora.adapter import trained_size
 from qrlora.blend.config import BlendConfig
 from qrlora.blend.painter import Painter, library_versions
 from qrlora.blend.provenance import file_hash
@@ -32,7 +33,7 @@ def adapter_report(
         "rank": max(pair.rank for pair in adapter.layers.values()),
         "layers": len(adapter.layers),
         "parameters": sum(pair.A.numel() + pair.B.numel() for pair in adapter.layers.values()),
-        "trainable_parameters": trainable(adapter),
+        "trainable_parameters": trained_size(adapter),
     }
     if trained is not None:
         report |= {
@@ -42,20 +43,6 @@ def adapter_report(
             "training": trained.config.model_dump(mode="json"),
         }
     return report
-
-
-def trainable(adapter: Adapter) -> int:
-    """Numbers that are free: the coefficients (of an upper mask the triangle alone), or both factors of a LoRA."""
-    header = adapter.header
-    count = 0
-    for pair in adapter.layers.values():
-        if header is None or header.side is None:
-            count += pair.A.numel() + pair.B.numel()
-            continue
-        coefficients = pair.A if header.side == "output" else pair.B
-        masked = pair.rank * (pair.rank - 1) // 2 if header.mask == "upper" else 0
-        count += coefficients.numel() - masked
-    return count
 
 
 def write_report(

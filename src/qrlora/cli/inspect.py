@@ -82,7 +82,7 @@ def _adapter(options: InspectOptions) -> None:
 
 
 def _summary(adapter: "Adapter", norms: Mapping[str, float]) -> dict[str, Any]:
-    from qrlora.blend.report import trainable
+    from qrlora.adapter import trained_size
 
     ranks = sorted({pair.rank for pair in adapter.layers.values()})
     return {
@@ -90,7 +90,7 @@ def _summary(adapter: "Adapter", norms: Mapping[str, float]) -> dict[str, Any]:
         "layers": len(adapter.layers),
         "rank": ranks[0] if len(ranks) == 1 else ranks,
         "parameters": sum(pair.A.numel() + pair.B.numel() for pair in adapter.layers.values()),
-        "trained": trainable(adapter),
+        "trained": trained_size(adapter),
         "update_norm": _total(norms.values()),
     }
 

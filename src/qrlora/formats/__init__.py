@@ -1,6 +1,6 @@
 """Adapter files in and out: our native file, which is diffusers', and those of peft, kohya, ComfyUI and others."""
 
-from qrlora.formats._adapter import Adapter, Component, Header, LowRank, SaveDtype, same_weight
+from qrlora.formats._adapter import Adapter, Component, Header, LowRank, SaveDtype, check_weight, same_weight
 from qrlora.formats._atomic import atomic_write
 from qrlora.formats._base import weight_source
 from qrlora.formats._coefficients import (
@@ -37,6 +37,7 @@ __all__ = [
     "WeightSource",
     "atomic_write",
     "basis_vectors",
+    "check_weight",
     "format_names",
     "import_adapter",
     "is_coefficients",

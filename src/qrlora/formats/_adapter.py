@@ -191,6 +191,11 @@ def same_weight(one: str, other: str) -> bool | None:
 
 
 def check_weight(weight: float) -> None:
+    """Refuse a strength that is no finite number.
+
+    Raises:
+        QrloraError: it is infinite or nan.
+    """
     if not math.isfinite(weight):
         raise QrloraError(f"an adapter weight of {weight} is not a finite number; give a real number such as 0.9.")
 

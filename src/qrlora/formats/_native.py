@@ -241,7 +241,7 @@ def _with_scale(
         alpha = (
             float(found["alpha"]) if "alpha" in found else _pattern(config, "alpha_pattern", "lora_alpha", name, rank)
         )
-    except (re.error, AttributeError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise QrloraError(f"{label} has an alpha, or an alpha_pattern, that cannot be used: {error}.") from error
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     if not math.isfinite(scale):

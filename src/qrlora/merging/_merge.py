@@ -6,8 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from qrlora.errors import QrloraError, QrloraWarning
-from qrlora.formats import Adapter
-from qrlora.formats._adapter import check_weight
+from qrlora.formats import Adapter, check_weight
 from qrlora.merging._checks import basis_difference, check_compatible
 from qrlora.merging._norms import equal_norm_scales, update_norm, warn_of_unequal_norms
 from qrlora.merging._registry import run
