@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 
 from qrlora.adapter import AdapterSpec, add_adapter, trainable_parameters
 from tests.tiny_models import tiny
@@ -35,3 +37,19 @@ def with_form(name: str, kind: str = "flux", **fields: Any) -> Any:
     denoiser = tiny(kind)
     add_adapter(denoiser, spec_for(name, kind, **fields), "content")
     return denoiser
+
+
+def lora_layers(denoiser: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in denoiser.named_modules() if isinstance(module, LoraLayer)}
+
+
+def apply(base: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    bias = base.bias.detach().double() if isinstance(base.bias, Tensor) else None
+    if isinstance(base, nn.Conv2d):
+        return F.conv2d(x.double(), weight.reshape(base.weight.shape), bias, base.stride, base.padding)
+    return F.linear(x.double(), weight, bias)
+
+
+def some_input(base: Any) -> Tensor:
+    shape = (2, base.in_channels, 6, 6) if isinstance(base, nn.Conv2d) else (3, base.in_features)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))

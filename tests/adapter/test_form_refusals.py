@@ -1,9 +1,12 @@
 """Combinations of forms, bases and files that have no meaning: one sentence each, and nothing changed."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from qrlora.adapter import (
     AdapterSpec,
@@ -13,7 +16,7 @@ from qrlora.adapter import (
     restore_kept,
 )
 from qrlora.errors import QrloraError
-from qrlora.formats import Adapter, LowRank
+from qrlora.formats import Adapter, LowRank, read_adapter, read_metadata
 from qrlora.merging import merge
 from tests.adapter_forms import FEW, spec_for, with_form
 from tests.adapters_of_data import dense, relative
@@ -115,3 +118,83 @@ class TestBands:
 def test_what_a_baseline_would_ignore_is_refused(given: dict[str, Any], words: str) -> None:
     with pytest.raises((QrloraError, ValueError), match=words):
         add_adapter(tiny_flux(), AdapterSpec(rank=2, **given), "drawn")
+
+
+class TestDoraWithoutMagnitudes:
+    """Without them a file would be taken for the plain LoRA that it is not."""
+
+    @pytest.fixture
+    def stored(self, tmp_path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+        denoiser = with_form("dora")
+        path = adapter_of(denoiser, "content").save(tmp_path / "dora.safetensors")
+        return load_file(path), read_metadata(path)
+
+    @pytest.mark.parametrize("metadata", ["whole", "ours alone", "diffusers' alone"])
+    def test_all_are_gone(
+        self, stored: tuple[dict[str, Tensor], dict[str, str]], tmp_path: Path, metadata: str
+    ) -> None:
+        tensors, texts = stored
+        dropped = {"whole": "", "ours alone": "lora_adapter_metadata", "diffusers' alone": "qrlora"}[metadata]
+        kept = {key: text for key, text in texts.items() if key != dropped}
+        pairs = {key: tensor for key, tensor in tensors.items() if "magnitude" not in key}
+        assert 0 < len(pairs) < len(tensors)
+        save_file(pairs, tmp_path / "less.safetensors", kept)
+        words = r"less\.safetensors (uses peft's use_dora, but \S+\.lora_magnitude_vector is missing|says that it is a)"
+        with pytest.raises(QrloraError, match=words):
+            read_adapter(tmp_path / "less.safetensors")
+
+    @pytest.mark.parametrize("with_metadata", [True, False])
+    def test_one_is_gone_or_too_short(
+        self, stored: tuple[dict[str, Tensor], dict[str, str]], tmp_path: Path, with_metadata: bool
+    ) -> None:
+        tensors, texts = stored
+        key = next(key for key in sorted(tensors) if "magnitude" in key)
+        layer = key.partition(".lora_magnitude")[0].removeprefix("transformer.")
+        for damaged, words in (
+            ({name: tensor for name, tensor in tensors.items() if name != key}, rf"{layer}\.lora_magn\S+ is missing"),
+            (tensors | {key: tensors[key][:-1].clone()}, rf"{layer}\.lora_magnitude_vector has 31 values"),
+        ):
+            save_file(damaged, tmp_path / "less.safetensors", texts if with_metadata else None)
+            with pytest.raises(QrloraError, match=words):
+                read_adapter(tmp_path / "less.safetensors")
+
+    def test_in_memory(self) -> None:
+        adapter = adapter_of(with_form("dora"), "content")
+        layer = list(adapter.layers)[1]
+        own = {name: {} if name == layer else tensors for name, tensors in adapter.own.items()}
+        denoiser = tiny_flux()
+        before = str(denoiser)
+        with pytest.raises(QrloraError, match=f"{layer} says that it is a DoRA layer, but has no magnitude of"):
+            attach_adapter(denoiser, Adapter(adapter.layers, adapter.header, own=own), "content")
+        assert str(denoiser) == before
+
+
+class TestFilesOfAnotherForm:
+    """A file is checked by the form its header names, also where it is attached frozen, as its pair."""
+
+    @pytest.mark.parametrize("trainable", [False, True])
+    def test_an_odd_rank_is_not_both(self, trainable: bool) -> None:
+        both = adapter_of(with_form("both"), "content")
+        odd = {
+            name: LowRank(torch.cat([pair.B, pair.B[:, :1]], dim=1), torch.cat([pair.A, pair.A[:1]]))
+            for name, pair in both.layers.items()
+        }
+        denoiser = tiny_flux()
+        before = str(denoiser)
+        with pytest.raises(QrloraError, match=r"odd\.safetensors: .*attn\.to_q has the odd rank 9, but form 'both'"):
+            attach_adapter(
+                denoiser,
+                Adapter(odd, both.header, source="odd.safetensors"),
+                "content",
+                trainable=trainable,
+                spec=spec_for("both") if trainable else None,
+            )
+        assert str(denoiser) == before
+
+    @pytest.mark.parametrize("name", ["both", "core"])
+    def test_tensors_beside_the_pair_are_not_a_low_rank_form(self, name: str) -> None:
+        adapter = adapter_of(with_form(name), "content")
+        layer = next(iter(adapter.layers))
+        strange = Adapter(adapter.layers, adapter.header, own={layer: {"gate": torch.ones(4)}})
+        with pytest.raises(QrloraError, match=f"{layer} has gate beside its pair, which form '{name}' does not have"):
+            attach_adapter(tiny_flux(), strange, "content")

@@ -5,9 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from qrlora.adapter import (
     AdapterSpec,
@@ -23,16 +21,11 @@ from qrlora.adapter import (
     trained_size,
 )
 from qrlora.basis import Side
-from qrlora.errors import QrloraError
-from qrlora.formats import Adapter, LowRank, SaveDtype, read_adapter, read_peft_folder, write_peft_folder
-from qrlora.merging import merge, refactor
-from tests.adapter_forms import FEW, FORMS, shake, spec_for, with_form
+from qrlora.formats import Adapter, LowRank, SaveDtype, read_adapter
+from qrlora.merging import merge
+from tests.adapter_forms import FEW, FORMS, apply, lora_layers, shake, some_input, spec_for, with_form
 from tests.adapters_of_data import dense, relative
 from tests.tiny_models import inputs, output, run, tiny_flux
-
-
-def lora_layers(denoiser: nn.Module) -> dict[str, Any]:
-    return {name: module for name, module in denoiser.named_modules() if isinstance(module, LoraLayer)}
 
 
 def factors(layer: Any) -> tuple[Tensor, Tensor]:
@@ -53,18 +46,6 @@ def expected_weight(name: str, layer: Any, start: tuple[Tensor, Tensor]) -> Tens
         moved = W + scale * B @ A
         return magnitude * moved / moved.norm(dim=1, keepdim=True)
     return W + scale * (B @ A - start[0] @ start[1])
-
-
-def apply(base: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
-    bias = base.bias.detach().double() if isinstance(base.bias, Tensor) else None
-    if isinstance(base, nn.Conv2d):
-        return F.conv2d(x.double(), weight.reshape(base.weight.shape), bias, base.stride, base.padding)
-    return F.linear(x.double(), weight, bias)
-
-
-def some_input(base: Any) -> Tensor:
-    shape = (2, base.in_channels, 6, 6) if isinstance(base, nn.Conv2d) else (3, base.in_features)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("kind", FEW)
@@ -217,35 +198,6 @@ def test_fused_and_unfused(name: str) -> None:
         assert relative(layer.get_base_layer().weight, base_weights[path]) < 1e-6
 
 
-def test_dora_is_no_lora(tmp_path: Path) -> None:
-    denoiser = with_form("dora")
-    shake(denoiser)
-    adapter = adapter_of(denoiser, "content")
-    for action, doing in {
-        "merged": lambda: merge([adapter, adapter]),
-        "brought to another rank": lambda: refactor(adapter, 2),
-        "saved as coefficients only": lambda: adapter.save(tmp_path / "c.safetensors", coefficients_only=True),
-    }.items():
-        with pytest.raises(QrloraError, match=f"is a dora adapter and cannot be {action}"):
-            doing()
-    with pytest.raises(QrloraError, match="cannot be fused"):
-        denoiser.fuse_lora()
-    again = read_peft_folder(write_peft_folder(adapter, tmp_path / "peft"))
-    for layer, own in adapter.own.items():
-        assert torch.equal(again.own[layer]["lora_magnitude_vector"], own["lora_magnitude_vector"])
-
-
-def test_dora_starts_exactly_at_a_bf16_base_under_autocast() -> None:
-    """peft's own takes norms in bf16 there, and does not."""
-    denoiser: Any = tiny_flux().to(torch.bfloat16)
-    given = inputs("flux")
-    with torch.autocast("cpu", torch.bfloat16):
-        base = output(denoiser, given)
-        for name in ("dora", "both", "core"):
-            add_adapter(denoiser, spec_for(name), name)
-            assert torch.equal(output(denoiser, given), base)
-
-
 def test_the_input_side_keeps_only_coefficients_for_the_backward_pass() -> None:
     """With lora_A frozen, autograd has no use for the layer's input: T x r numbers instead of T x in."""
     kept: dict[str, int] = {}
@@ -281,14 +233,3 @@ def test_a_core_goes_on_from_the_update_of_its_file(side: Side, dtype: SaveDtype
         again = adapter_of(other, "content")
         for layer in adapter.layers:
             assert relative(dense(again, layer), dense(adapter, layer)) < (1e-5 if dtype == "fp32" else 1e-2)
-
-
-def test_dora_leaves_a_row_of_zeros_alone() -> None:
-    base = tiny_flux()
-    layer = base.transformer_blocks[0].attn.to_q
-    with torch.no_grad():
-        layer.weight[3] = 0
-    x = some_input(layer)
-    before = layer(x)
-    add_adapter(base, AdapterSpec(rank=2, basis="dora"), "drawn")
-    assert torch.equal(base.transformer_blocks[0].attn.to_q(x), before)

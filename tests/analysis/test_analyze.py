@@ -14,6 +14,7 @@ from qrlora.adapter import AdapterSpec, adapter_of, add_adapter
 from qrlora.analysis import ExpertUsage, Report, analyze, write_report
 from qrlora.errors import QrloraError, QrloraWarning
 from qrlora.formats import Adapter, Header, LowRank
+from qrlora.merging import merge
 from tests.adapters_of_data import CONV, LINEAR, dense, made
 from tests.tiny_models import tiny_flux
 
@@ -104,6 +105,49 @@ def test_common_layers_are_compared_and_the_others_named() -> None:
     assert any("different shapes" in note for note in pair.notes)
 
 
+def without(adapter: Adapter, *layers: str) -> Adapter:
+    return Adapter({name: pair for name, pair in adapter.layers.items() if name not in layers}, adapter.header)
+
+
+def reshaped(adapter: Adapter, layer: str) -> Adapter:
+    return Adapter({**adapter.layers, layer: LowRank(torch.randn(9, 3), torch.randn(3, 5))}, adapter.header)
+
+
+def on_base(adapter: Adapter, digest: str) -> Adapter:
+    assert adapter.header is not None
+    hashes = {"weight_hashes": dict.fromkeys(adapter.layers, f"float32:{digest}")}
+    return Adapter(adapter.layers, adapter.header.model_copy(update=hashes))
+
+
+CONV_0 = "transformer_blocks.0.conv"
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "said"),
+    [
+        (blocks(0), without(blocks(1), CONV_0), "They adapt different layers, so merge refuses them"),
+        (without(blocks(0), CONV_0), blocks(1), "They adapt different layers, so merge refuses them"),
+        (blocks(0), reshaped(blocks(1), CONV_0), "They adapt different layers, so merge refuses them"),
+        (on_base(blocks(0), "a"), on_base(blocks(1), "b"), "ink was trained on another base model than dog"),
+    ],
+    ids=["one has less", "the other has less", "another shape", "another base"],
+)
+def test_no_merge_is_promised_where_merge_refuses(one: Adapter, two: Adapter, said: str, tmp_path: Path) -> None:
+    with pytest.raises(QrloraError):
+        merge([one, two])
+    with pytest.warns(QrloraWarning, match="dog is .* times as strong as ink") as warned:
+        report = analyze([one.scaled(9), two], names=["dog", "ink"], **FEW)
+    (pair,) = report.pairs
+    assert not pair.mergeable
+    assert any(said in note for note in pair.notes)
+    page = write_report(report, tmp_path).read_text(encoding="utf-8")
+    told = [*pair.notes, *(str(warning.message) for warning in warned), page]
+    assert not any("merge exactly" in text or "--normalize" in text or "Merged as they are" in text for text in told)
+    with pytest.warns(QrloraWarning, match="--normalize"):
+        (pair,) = analyze([one.scaled(9), one], names=["dog", "ink"], **FEW).pairs
+    assert pair.mergeable
+
+
 def test_unequal_and_zero_updates() -> None:
     one = blocks(0)
     zero = Adapter({name: LowRank(pair.B, 0 * pair.A) for name, pair in one.layers.items()}, one.header)
@@ -141,6 +185,11 @@ def test_r_needs_the_base() -> None:
         analyze(adapters[:1], denoiser=tiny_flux(1))
     with pytest.raises(QrloraError, match=f"adapts {LINEAR}, which .* does not have"):
         analyze([made(0)], denoiser=denoiser)
+    layer = next(iter(adapters[0].layers))
+    bare = Adapter(adapters[0].layers, None, source="bare.safetensors")  # nothing but its shapes tells its base
+    wide = rf"bare\.safetensors adapts {layer} as a weight of shape \[32, 32\], but here it has \[64, 64\]; load the"
+    with pytest.raises(QrloraError, match=wide):
+        analyze([bare], denoiser=tiny_flux(width=64))
 
 
 def test_gated_adapters() -> None:

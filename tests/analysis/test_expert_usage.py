@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from qrlora.adapter import GateUsage
-from qrlora.analysis import ExpertUsage, compare_usage, report_usage, usage_entropy
+from qrlora.analysis import ExpertUsage, analyze, compare_usage, report_usage, usage_entropy
 from qrlora.analysis._usage import random_usage_cosine
+from qrlora.analysis._usage_pictures import _grid  # pyright: ignore[reportPrivateUsage]
 from qrlora.errors import QrloraError
+from tests.adapters_of_data import made
 
 ONE = ExpertUsage(name="content", layers=["a", "b", "c"], weights=[[1, 0], [0.5, 0.5], [0.25, 0.75]])
 TWO = ExpertUsage(name="style", layers=["c", "b", "d"], weights=[[0.75, 0.25], [0.5, 0.5], [0, 1]])
@@ -52,6 +54,35 @@ def test_what_does_not_compare() -> None:
     wide = ExpertUsage(name="wide", layers=["a"], weights=[[0.2, 0.3, 0.5]])
     with pytest.raises(QrloraError, match="content and wide do not compare"):
         compare_usage([ONE, wide], 0, 1)
+    apart = ExpertUsage(name="apart", layers=["z"], weights=[[0.5, 0.5]])
+    report = report_usage([ONE, wide, TWO, apart])
+    assert [(pair.first, pair.second) for pair in report.comparisons] == [(0, 2)]
+    notes = analyze([made(0)], usages=[ONE, TWO, wide], draws=2).notes
+    assert [note.partition(" are not compared")[0] for note in notes] == [
+        f"The expert usages of {one} and wide" for one in ("content", "style")
+    ]
+
+
+def test_pictures_have_layers_in_one_order() -> None:
+    """That of the entropies and of all other pictures, whatever the order in the file."""
+    paths = [
+        "single_transformer_blocks.0.attn.to_q",
+        "transformer_blocks.1.attn.to_v",
+        "transformer_blocks.1.attn.to_k",
+    ]
+    grid = _grid(dict(zip(paths, ONE.weights, strict=True)))
+    assert grid.modules == ["expert 1", "expert 2"]
+    assert grid.blocks == ["block 1", "block 1", "single 0"]
+    assert grid.cells == [[0.25, 0.5, 1], [0.75, 0.5, 0]]
+
+
+def test_gates_that_are_not_finite_are_no_usage() -> None:
+    recorded = GateUsage("gated_0", ["a"])
+    with pytest.raises(QrloraError, match="the gates of ink gave no usage: List should have at least 1 item"):
+        ExpertUsage.of(recorded, "ink")
+    recorded.add("a", torch.tensor([[0.2, math.nan]]))
+    with pytest.raises(QrloraError, match=r"the gates of ink gave no usage: .* not shares that sum to 1"):
+        ExpertUsage.of(recorded, "ink")
 
 
 def test_what_record_usage_saves_is_read(tmp_path: Path) -> None:

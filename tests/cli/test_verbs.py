@@ -93,24 +93,6 @@ def test_merge_tells_norms_and_makes_them_equal(
     assert one / two == pytest.approx(2.5)
 
 
-def test_analyze(run: Run, adapter: Path, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    usage = {"name": "content", "layers": ["a", "b"], "weights": [[0.5, 0.5], [1, 0]]}
-    Path("usage.json").write_text(json.dumps(usage))
-    capsys.readouterr()
-    files = "dog/adapter.safetensors dog/adapter.safetensors"
-    assert run(f"analyze {files} --model embedded --usage usage.json --draws 2 --output report") == 0
-    said = capsys.readouterr()
-    assert said.out == "report/report.html\n"
-    assert "2 adapters, 1 pairs" in said.err
-    report = json.loads((desk / "report" / "report.json").read_text())
-    assert [facts["name"] for facts in report["adapters"]] == ["dog", "dog (2)"]
-    assert report["pairs"][0]["total"]["R.cosine"]["value"] == pytest.approx(1)
-    assert report["usage"]["expert_means"] == [[0.75, 0.25]]
-    assert run(f"analyze {files} --output report") == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert run("analyze dog/adapter.safetensors --output report --overwrite") == 0
-
-
 def test_generate_and_repeat(run: Run, adapter: Path, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "--adapter dog/adapter.safetensors=0.9 --adapter dog/adapter.safetensors"
     assert run(f"generate --prompt a_<c>_dog {words} --seed 5 --num-inference-steps 3 --output a/x.png") == 0

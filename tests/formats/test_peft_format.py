@@ -1,13 +1,14 @@
 """The peft folder."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
 
 from qrlora.errors import QrloraError
-from qrlora.formats import Adapter, Component, read_adapter, write_peft_folder
+from qrlora.formats import Adapter, Component, read_adapter, recognise, write_peft_folder
 from tests.adapters_of_data import made
 
 
@@ -42,9 +43,32 @@ def test_refusals(tmp_path: Path) -> None:
     config.write_bytes(b"\xff\xfe{")
     with pytest.raises(QrloraError, match="not UTF-8"):
         read_adapter(folder)
+    config.write_text(text[:-3] + r', "bias": "\ud800"}')
+    with pytest.raises(QrloraError, match="half a character"):
+        read_adapter(folder)
     config.write_text(text)
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(QrloraError, match="does not exist"):
         read_adapter(folder)
     with pytest.raises(QrloraError, match="is a file"):
         write_peft_folder(made(), config)
+
+
+def test_a_configuration_is_not_read_beyond_its_limit(tmp_path: Path) -> None:
+    folder = write_peft_folder(made(), tmp_path)
+    config = folder / "adapter_config.json"
+    text = config.read_text()
+    limit = 16 * 2**20
+    config.write_text(text + " " * (limit - len(text)))
+    assert list(read_adapter(folder).layers) == list(made().layers)
+    with config.open("r+b") as stream:
+        stream.truncate(50 * 2**30)  # sparse: it takes no room
+    tracemalloc.start()
+    with pytest.raises(QrloraError, match=r"adapter_config\.json has 53687091200 bytes; a peft configuration is a few"):
+        read_adapter(folder)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    with config.open("r+b") as stream:
+        stream.truncate(limit + 1)
+    with pytest.raises(QrloraError, match="16777217 bytes"):
+        recognise(folder)

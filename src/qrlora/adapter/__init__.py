@@ -7,7 +7,7 @@ from qrlora.adapter._control import adapters_disabled, remove_adapter, set_adapt
 from qrlora.adapter._estimate import basis_notice, estimate_seconds
 from qrlora.adapter._export import adapter_of, base_hash, kept_tensors, restore_kept, save_adapter
 from qrlora.adapter._spec import AdapterSpec
-from qrlora.adapter._usage import GateUsage, record_usage
+from qrlora.adapter._usage import GateUsage, is_gated, record_usage
 from qrlora.adapter._weights import dense_weight
 from qrlora.adapter.forms._form import check_spec
 from qrlora.adapter.targets import adaptable_layers, register_targets, target_layers
@@ -28,6 +28,7 @@ __all__ = [
     "default_cache_folder",
     "dense_weight",
     "estimate_seconds",
+    "is_gated",
     "kept_tensors",
     "ranks_of",
     "record_usage",

@@ -191,9 +191,9 @@ def trained_size(adapter: Adapter) -> int:
 def _frozen(adapter: Adapter) -> Injection:
     """Nothing trained: a low-rank form is there as its pair, any other as itself."""
     form = form_in(adapter)
+    starts = _starts(adapter, form)
     if form.low_rank:
         form = form_named(PLAIN_LORA)
-    starts = _starts(adapter, form)
     return Injection(starts, form, 1.0, (*FACTORS, OWN), None, Record(adapter.header, form.name))
 
 

@@ -15,7 +15,7 @@ from qrlora.adapter._peft import lora_layers, record_of
 from qrlora.adapter._variant import held_by
 from qrlora.adapter.forms.gated import GatedForm, gate_weights
 from qrlora.errors import QrloraError
-from qrlora.formats import atomic_write
+from qrlora.formats import Adapter, atomic_write
 
 
 @dataclass
@@ -83,6 +83,11 @@ class GateUsage:
             raise QrloraError(f"no token has passed the gates of {self.name!r}; make pictures while recording.")
         content = {"name": self.name, "layers": self.layers, "weights": self.weights}
         return atomic_write(path, json.dumps(content, indent=1) + "\n")
+
+
+def is_gated(adapter: Adapter) -> bool:
+    """Whether its layers have gates, so that `record_usage` can count what they choose."""
+    return adapter.form == GatedForm.name
 
 
 @contextmanager

@@ -55,8 +55,16 @@ class FormVariant(LoraVariant):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (static in peft, called on an object)
         self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
-        scale = float(cast(Any, module).scaling[active_adapter])
-        return result + self._form.update(held_by(module, active_adapter, "", scale, self.side), x, result)
+        held = held_by(module, active_adapter, "", float(cast(Any, module).scaling[active_adapter]), self.side)
+
+        def base() -> Tensor:
+            if next(name for name in module.active_adapters if name in module.lora_A) == active_adapter:
+                return _without_bias(module, result)
+            # The result has more in it, so the base's part is computed again; its weight goes where lora_A does.
+            weight = held.dense()
+            return held.through_A(weight, x.to(weight.dtype))
+
+        return result + self._form.update(held, x, base)
 
     def merge_safe(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, module: LoraLayer, active_adapter: str, orig_weight: Tensor
@@ -107,7 +115,6 @@ def give_form(layer: LoraLayer, adapter_name: str, form: Form, own: Mapping[str,
 
 def held_by(layer: LoraLayer, adapter_name: str, name: str, scale: float, side: Side | None) -> Held:
     """The adapter's tensors in a layer, as they are (not copies), at a scale."""
-    base = base_layer(cast(nn.Module, layer))
     A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     own = own_tensors(layer, adapter_name)
     return Held(
@@ -118,11 +125,17 @@ def held_by(layer: LoraLayer, adapter_name: str, name: str, scale: float, side: 
         frozen=layer.frozen_peft_weight_names.get(adapter_name, ()),
         side=side,
         layer=name,
-        bias=cast(Tensor | None, base.bias),
         dense=lambda: dense_weight(cast(nn.Module, layer), name),
         through_A=lambda tensor, x: _through(A, tensor, x),
         through_B=lambda tensor, h: _through(B, tensor, h),
     )
+
+
+def _without_bias(layer: LoraLayer, output: Tensor) -> Tensor:
+    bias = cast(Tensor | None, base_layer(cast(nn.Module, layer)).bias)
+    if bias is None:
+        return output
+    return output - (bias.reshape(1, -1, 1, 1) if output.ndim == 4 else bias)
 
 
 def _through(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 The mathematics is pure torch; pictures are drawn by matplotlib, and the pages of a report need neither.
 """
 
-from qrlora.analysis._analyze import analyze
+from qrlora.analysis._analyze import adapter_names, analyze
+from qrlora.analysis._names import numbered
 from qrlora.analysis._report import (
     AdapterFacts,
     LayerFacts,
@@ -48,6 +49,7 @@ __all__ = [
     "UpdateSpace",
     "UsageComparison",
     "UsageReport",
+    "adapter_names",
     "analyze",
     "bin_count",
     "compare_usage",
@@ -56,6 +58,7 @@ __all__ = [
     "inner_product",
     "linear_cka",
     "mutual_information",
+    "numbered",
     "principal_angles",
     "report_usage",
     "update_cosine",

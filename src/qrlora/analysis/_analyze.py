@@ -12,7 +12,7 @@ from qrlora.analysis._names import short_names
 from qrlora.analysis._random import Baselines
 from qrlora.analysis._report import RandomSettings, Report
 from qrlora.analysis._usage import ExpertUsage, report_usage
-from qrlora.analysis._words import report_notes, strength_note
+from qrlora.analysis._words import report_notes, strength_note, usage_notes
 from qrlora.errors import QrloraError, QrloraWarning
 from qrlora.formats import Adapter
 
@@ -31,7 +31,7 @@ def analyze(
 
     Args:
         adapters: one or more, of any tool, of one component; layer sets may differ.
-        names: what the report calls them; by their files where None.
+        names: what the report calls them; `adapter_names` where None.
         denoiser: the base model, for `R = Q^T W`; without it R is left out, and the report says so.
         usages: recorded gate weights of gated adapters.
         seed: of the random baseline.
@@ -65,14 +65,19 @@ def analyze(
         adapters=facts,
         pairs=pairs,
         random=RandomSettings(seed=seed, draws=draws),
-        notes=report_notes(named, pairs, with_base=base is not None),
+        notes=[*report_notes(named, pairs, with_base=base is not None), *usage_notes(named, usages)],
         usage=report_usage(usages) if usages else None,
     )
 
 
+def adapter_names(adapters: Sequence[Adapter]) -> list[str]:
+    """What a report calls adapters: the shortest ends of their files' paths that tell them apart."""
+    return short_names([adapter.source or f"adapter {index + 1}" for index, adapter in enumerate(adapters)])
+
+
 def _named(adapters: Sequence[Adapter], names: Sequence[str] | None) -> dict[str, Adapter]:
     if names is None:
-        names = short_names([adapter.source or f"adapter {index + 1}" for index, adapter in enumerate(adapters)])
+        names = adapter_names(adapters)
     if len(names) != len(adapters) or len(set(names)) != len(names):
         raise QrloraError(f"{len(adapters)} adapters need as many different names, not {', '.join(names)}.")
     return dict(zip(names, adapters, strict=True))

@@ -183,10 +183,16 @@ def spectra_figure(spectra: Sequence[Sequence[float]]) -> Figure:
     return figure
 
 
-def heat_figure(grid: Grid, label: str, *, signed: bool, numbers: bool | None = None) -> Figure:
-    """Modules by blocks; `signed` colours around 0, otherwise from 0 up. Cells that do not exist stay hatched."""
+def heat_figure(
+    grid: Grid, label: str, *, signed: bool, numbers: bool | None = None, top: float | None = None
+) -> Figure:
+    """Modules by blocks; `signed` colours around 0, otherwise from 0 up. Cells that do not exist stay hatched.
+
+    Columns of one block stand apart from the next. The colours end at `top`, the largest cell where None.
+    """
     cells = np.array([[np.nan if cell is None else cell for cell in row] for row in grid.cells])
-    top = float(np.nanmax(np.abs(cells))) or 1.0
+    if top is None:
+        top = float(np.nanmax(np.abs(cells))) or 1.0
     figure = Figure(figsize=(WIDTH, 1.3 + 0.24 * len(grid.modules)), layout="constrained")
     ax = figure.add_subplot()
     ax.set_facecolor("#f4f4f1")
@@ -255,6 +261,9 @@ def _layer_axis(ax: Axes, layers: Sequence[str], *, labels: bool) -> None:
 def _block_axis(ax: Axes, blocks: Sequence[str]) -> None:
     """At most 18 labels, each block's at its first column."""
     starts = [index for index, block in enumerate(blocks) if not index or blocks[index - 1] != block]
+    if len(starts) < len(blocks):
+        for index in starts[1:]:
+            ax.axvline(index - 0.5, color=FAINT, linewidth=1)
     shown = starts[:: -(-len(starts) // (2 * _TICKS))]
     ax.set_xticks(shown, [blocks[index] for index in shown], fontsize=7.5, color=INK)
     for tick in ax.get_xticklabels():

@@ -6,9 +6,11 @@ from html import escape
 from importlib.resources import files
 
 from qrlora.analysis._draw import Picture
+from qrlora.analysis._names import model_order
 from qrlora.analysis._pictures import PARTS, SIDES, SIMILARITIES
 from qrlora.analysis._report import AdapterFacts, LayerPair, Measure, Pair, Report, Total
-from qrlora.analysis._words import chance, is_chance, number, strength_note
+from qrlora.analysis._usage import ExpertUsage
+from qrlora.analysis._words import chance, is_chance, joined, number, strength_note
 
 _GLOSSARY = {
     "Update, ΔW": "What an adapter adds to a layer's weight, the product of its two factors.",
@@ -46,7 +48,7 @@ def page(
         usage: those of expert usage.
     """
     names = [facts.name for facts in report.adapters]
-    title = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    title = joined(names)
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="lead">{_lead(report)}</p>',
@@ -63,6 +65,9 @@ def page(
     body += ["<h2>What the words mean</h2>", _glossary()]
     for pair in report.pairs:
         body += [f"<h2>Every layer: {escape(_title(names, pair))}</h2>", _layers_table(pair)]
+    if report.usage is not None:
+        for one, entropies in zip(report.usage.usages, report.usage.entropies, strict=True):
+            body += [f"<h2>Every layer: experts of {escape(one.name)}</h2>", _usage_table(one, entropies)]
     body.append(_footer(report))
     return _document(title, body)
 
@@ -181,6 +186,13 @@ def _layers_table(pair: Pair) -> str:
     shown = [name for name in wanted if name in pair.total]
     heads = ["layer", *(_SHORT[name] for name in shown), "norms"]
     rows = [[escape(entry.layer), *(_cell(entry, name) for name in shown), _norms(entry)] for entry in pair.layers]
+    return _table(heads, rows, kind="table layers")
+
+
+def _usage_table(usage: ExpertUsage, entropies: Sequence[float]) -> str:
+    known = {layer: [*row, entropy] for layer, row, entropy in zip(usage.layers, usage.weights, entropies, strict=True)}
+    heads = ["layer", *(f"expert {expert + 1}" for expert in range(len(usage.weights[0]))), "entropy"]
+    rows = [[escape(layer), *(f"{value:.2f}" for value in known[layer])] for layer in model_order(usage.layers)]
     return _table(heads, rows, kind="table layers")
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from statistics import fmean, pstdev
 
@@ -16,7 +17,7 @@ from qrlora.analysis._spaces import Factors, effective_rank, update_cosine, upda
 from qrlora.analysis._words import pair_notes
 from qrlora.errors import QrloraError
 from qrlora.formats import Adapter, Header, LowRank
-from qrlora.merging import norm_ratio
+from qrlora.merging import check_compatible, norm_ratio
 
 DIGITS = 7
 GATE_WEIGHT = "gate_weight"
@@ -85,12 +86,13 @@ class Layerwise:
         one, two = self.parts[first].layers, self.parts[second].layers
         layers = [entry for entry, _ in self.found[first, second]]
         norms = _total_norm(layers, 0), _total_norm(layers, 1)
+        refusal = self._refusal(first, second)
         both = model_order([layer for layer in one if layer in two])
         pair = Pair(
             first=first,
             second=second,
             norms=norms,
-            mergeable=not (self.parts[first].own or self.parts[second].own),
+            mergeable=refusal is None,
             norm_ratio=norm_ratio(norms),
             total=_totals(layers, [measured for _, measured in self.found[first, second]]),
             layers=layers,
@@ -99,7 +101,15 @@ class Layerwise:
             other_shape=[layer for layer in both if one[layer].shape != two[layer].shape],
             notes=[],
         )
-        return pair.model_copy(update={"notes": pair_notes(self.names, pair)})
+        return pair.model_copy(update={"notes": pair_notes(self.names, pair, refusal)})
+
+    def _refusal(self, first: int, second: int) -> str | None:
+        """Why merge does not take two adapters, by the names they have here."""
+        try:
+            check_compatible([replace(self.parts[index], source=self.names[index]) for index in (first, second)])
+        except QrloraError as error:
+            return str(error)
+        return None
 
     def _compare(self, layer: str, one: _Layer, two: _Layer) -> tuple[LayerPair, Measured]:
         parts = named_parts(one.factors, one.kind, two.kind), named_parts(two.factors, two.kind, one.kind)

@@ -84,13 +84,16 @@ def short_names(paths: Sequence[str | Path]) -> list[str]:
     number.
     """
     parts = [_telling(Path(path)) for path in paths]
-    names = [_end(mine, [other for other in parts if other != mine]) for mine in parts]
-    seen: dict[str, int] = {}
-    for index, name in enumerate(names):
-        seen[name] = seen.get(name, 0) + 1
-        if seen[name] > 1:
-            names[index] = f"{name} ({seen[name]})"
-    return names
+    return numbered([_end(mine, [other for other in parts if other != mine]) for mine in parts])
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """The names, those that were there already with a number: `dog`, `dog (2)`."""
+    found: list[str] = []
+    for name in names:
+        same = names[: len(found)].count(name)
+        found.append(f"{name} ({same + 1})" if same else name)
+    return found
 
 
 def _telling(path: Path) -> tuple[str, ...]:

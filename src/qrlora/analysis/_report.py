@@ -62,7 +62,7 @@ class Pair(_Model):
     second: int
     norms: tuple[float, float]
     mergeable: bool
-    """Both are low-rank pairs and no more: gated adapters, for one, can only be active together."""
+    """Whether merge takes them: low-rank pairs on the same layers of one base model."""
     norm_ratio: float | None
     """Larger to smaller; null where an update is zero."""
     total: dict[str, Total]

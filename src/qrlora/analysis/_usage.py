@@ -5,6 +5,7 @@ A usage is `[layers, experts]`: the mean gate weights of a layer over tokens and
 
 import math
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Self
 
@@ -12,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
+from qrlora.adapter import GateUsage
 from qrlora.errors import QrloraError
 
 ROW_TOLERANCE = 1e-2
@@ -27,6 +29,8 @@ class ExpertUsage(BaseModel):
     layers: list[str] = Field(min_length=1)
     weights: list[list[float]] = Field(min_length=1)
     """One row a layer, one number an expert."""
+    prompts: list[str] = []
+    """Of the pictures that were drawn meanwhile, where they are known."""
 
     @model_validator(mode="after")
     def _rows_are_shares(self) -> Self:
@@ -39,6 +43,21 @@ class ExpertUsage(BaseModel):
             if not all(math.isfinite(value) and value >= 0 for value in row) or abs(sum(row) - 1) > ROW_TOLERANCE:
                 raise ValueError(f"the weights of {layer} are not shares that sum to 1")
         return self
+
+    @classmethod
+    def of(cls, recorded: GateUsage, name: str, prompts: Sequence[str] = ()) -> "ExpertUsage":
+        """What `record_usage` gathered.
+
+        Raises:
+            QrloraError: no token has passed its gates, or they are not finite.
+        """
+        try:
+            return cls(name=name, layers=recorded.layers, weights=recorded.weights, prompts=list(prompts))
+        except ValidationError as error:
+            raise QrloraError(
+                f"the gates of {name} gave no usage: {error.errors()[0]['msg']}; no token passed them, or what they "
+                "make of it is not finite, as with an adapter whose training diverged."
+            ) from error
 
     @classmethod
     def read(cls, path: str | Path) -> "ExpertUsage":
@@ -116,6 +135,11 @@ def random_usage_cosine(experts: int) -> tuple[float, float]:
     return float(cosines.mean()), float(cosines.std())
 
 
+def are_comparable(one: ExpertUsage, two: ExpertUsage) -> bool:
+    """Whether two usages have a common layer, and as many experts."""
+    return not set(one.layers).isdisjoint(two.layers) and len(one.weights[0]) == len(two.weights[0])
+
+
 def compare_usage(usages: Sequence[ExpertUsage], first: int, second: int) -> UsageComparison:
     """Content against style: the two usages over the layers they have in common, in the order of the first.
 
@@ -123,12 +147,12 @@ def compare_usage(usages: Sequence[ExpertUsage], first: int, second: int) -> Usa
         QrloraError: no common layer, or other numbers of experts.
     """
     one, two = usages[first], usages[second]
-    common = [layer for layer in one.layers if layer in set(two.layers)]
-    if not common or len(one.weights[0]) != len(two.weights[0]):
+    if not are_comparable(one, two):
         raise QrloraError(
             f"the expert usages of {one.name} and {two.name} do not compare: they need a common layer and as many "
             "experts."
         )
+    common = [layer for layer in one.layers if layer in set(two.layers)]
     rows = [usage.matrix()[[usage.layers.index(layer) for layer in common]] for usage in (one, two)]
     difference = rows[0] - rows[1]
     random_mean, random_std = random_usage_cosine(difference.shape[1])
@@ -146,11 +170,11 @@ def compare_usage(usages: Sequence[ExpertUsage], first: int, second: int) -> Usa
 
 
 def report_usage(usages: Sequence[ExpertUsage]) -> UsageReport:
-    """Everything about some usages; all pairs are compared."""
-    pairs = [(first, second) for second in range(len(usages)) for first in range(second)]
+    """Everything about some usages; all pairs that `are_comparable` are compared."""
+    pairs = [pair for pair in combinations(range(len(usages)), 2) if are_comparable(*(usages[index] for index in pair))]
     return UsageReport(
         usages=list(usages),
         entropies=[usage_entropy(usage.matrix()).tolist() for usage in usages],
         expert_means=[usage.matrix().mean(dim=0).tolist() for usage in usages],
-        comparisons=[compare_usage(usages, first, second) for first, second in sorted(pairs)],
+        comparisons=[compare_usage(usages, first, second) for first, second in pairs],
     )

@@ -1,6 +1,6 @@
 """Pictures of how gated adapters use their experts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from qrlora.analysis._draw import (
     FIRST,
@@ -13,22 +13,27 @@ from qrlora.analysis._draw import (
     lines_figure,
 )
 from qrlora.analysis._names import Grid, model_order, place_of
-from qrlora.analysis._usage import UsageComparison, UsageReport
+from qrlora.analysis._usage import ExpertUsage, UsageComparison, UsageReport
 
 
 def usage_pictures(report: UsageReport) -> list[Picture]:
     """A heat map a usage, entropies, mean shares, and for each comparison its difference and cosines."""
     pictures: list[Picture] = []
+    top = max(share for usage in report.usages for row in usage.weights for share in row)
     for index, usage in enumerate(report.usages):
-        figure = heat_figure(_grid(usage.layers, usage.weights), "share", signed=False, numbers=False)
+        grid = _grid(dict(zip(usage.layers, usage.weights, strict=True)))
+        figure = heat_figure(grid, "share", signed=False, numbers=False, top=top)
         caption = (
-            "How much of each layer's gate goes to each expert (dark: most). Experts are bands of the spectrum, the "
-            "strongest singular directions first."
+            "A column is a layer: how much of its gate goes to each expert, on average over all tokens (dark: most). "
+            f"Experts are bands of the spectrum, the strongest singular directions first.{_drawn(usage)}"
         )
         pictures.append(Picture.of(f"usage-{index + 1}.png", f"Experts of {usage.name}", caption, figure))
     pictures.append(_entropies(report))
     names = [usage.name for usage in report.usages]
-    caption = "Mean share of each expert over the layers. Equal bars mean that the gate hardly chooses."
+    caption = (
+        "Mean share of each expert over the layers. Bars are alike where gates hardly choose, and also where each "
+        "layer chooses another expert: the maps above tell which."
+    )
     pictures.append(
         Picture.of(
             "usage-experts.png", "Which experts", caption, grouped_bars_figure(names, report.expert_means, "share")
@@ -46,31 +51,43 @@ def _entropies(report: UsageReport) -> Picture:
         known = dict(zip(usage.layers, values, strict=True))
         line = Line("entropy", [known.get(layer) for layer in layers], (FIRST, SECOND)[index % 2])
         panels.append(Panel(usage.name, [line], "entropy", limits=(0, 1.05)))
-    caption = "1: a layer uses all its experts alike; 0: one expert does everything."
-    return Picture.of("usage-entropy.png", "How decided the gates are", caption, lines_figure(layers, panels))
+    caption = (
+        "Entropy of the shares above. 1: a layer uses all its experts alike, over all tokens; 0: one expert does "
+        "everything."
+    )
+    return Picture.of("usage-entropy.png", "How evenly the experts are used", caption, lines_figure(layers, panels))
 
 
 def _comparison(names: Sequence[str], comparison: UsageComparison) -> list[Picture]:
     one, two = names[comparison.first], names[comparison.second]
     stem = f"usage-{comparison.first + 1}-{comparison.second + 1}"
-    figure = heat_figure(_grid(comparison.layers, comparison.difference), "difference", signed=True, numbers=False)
-    caption = f"Red: {one} leans on that expert more; blue: {two} does."
+    grid = _grid(dict(zip(comparison.layers, comparison.difference, strict=True)))
+    figure = heat_figure(grid, "difference of shares", signed=True, numbers=False)
+    caption = f"A column is a layer. Red: {one} leans on that expert more; blue: {two} does."
     different = Picture.of(f"{stem}-difference.png", f"{one} against {two}", caption, figure)
     random = [(comparison.random_mean, comparison.random_std)] * len(comparison.layers)
-    line = Line("cosine", comparison.layer_cosines, FIRST, random)
+    cosines = dict(zip(comparison.layers, comparison.layer_cosines, strict=True))
+    layers = model_order(comparison.layers)
+    line = Line("cosine", [cosines[layer] for layer in layers], FIRST, random)
     panel = Panel("cosine of the shares", [line], "cosine", limits=(0, 1.03))
     caption = (
         "1: both gates choose alike. Shares are never negative, so even gates set at random have a cosine of "
-        f"{comparison.random_mean:.2f} on average."
+        f"{comparison.random_mean:.2f} on average, and mostly lie within the grey."
     )
-    alike = Picture.of(
-        f"{stem}-cosine.png", "Alike or not, layer by layer", caption, lines_figure(comparison.layers, [panel])
-    )
+    alike = Picture.of(f"{stem}-cosine.png", "Alike or not, layer by layer", caption, lines_figure(layers, [panel]))
     return [different, alike]
 
 
-def _grid(layers: Sequence[str], rows: Sequence[Sequence[float]]) -> Grid:
-    """Experts down, layers across."""
-    experts = [f"expert {expert + 1}" for expert in range(len(rows[0]))]
+def _drawn(usage: ExpertUsage) -> str:
+    if not usage.prompts:
+        return ""
+    more = f" and {len(usage.prompts) - 1} more" if len(usage.prompts) > 1 else ""
+    return f" Recorded while the model drew “{usage.prompts[0]}”{more}."
+
+
+def _grid(rows: Mapping[str, Sequence[float]]) -> Grid:
+    """Experts down, layers across, in the order of all pictures of layers."""
+    layers = model_order(list(rows))
+    experts = [f"expert {expert + 1}" for expert in range(len(rows[layers[0]]))]
     across = [place.block if (place := place_of(layer)) is not None else layer for layer in layers]
-    return Grid(experts, across, [list(column) for column in zip(*rows, strict=True)])
+    return Grid(experts, across, [list(column) for column in zip(*(rows[layer] for layer in layers), strict=True)])

@@ -2,8 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
+from qrlora.adapter import is_gated
 from qrlora.analysis._report import Measure, Pair
+from qrlora.analysis._usage import ExpertUsage, are_comparable
 from qrlora.formats import Adapter
 from qrlora.merging import NORM_RATIO_LIMIT
 
@@ -54,8 +57,8 @@ def strength_note(names: Sequence[str], pair: Pair) -> str | None:
     )
 
 
-def pair_notes(names: Sequence[str], pair: Pair) -> list[str]:
-    """What to know of two adapters, the most important first."""
+def pair_notes(names: Sequence[str], pair: Pair, refusal: str | None) -> list[str]:
+    """What to know of two adapters, the most important first; `refusal` is why merge does not take them, if so."""
     one, two = names[pair.first], names[pair.second]
     notes: list[str] = []
     strength = strength_note(names, pair)
@@ -67,7 +70,7 @@ def pair_notes(names: Sequence[str], pair: Pair) -> list[str]:
         )
     if _COSINE in pair.total:
         notes.append(_direction(pair))
-    notes.append(_basis(pair))
+    notes.append(_basis(pair, refusal))
     notes += _left_out(one, two, pair)
     return notes
 
@@ -76,12 +79,13 @@ def _direction(pair: Pair) -> str:
     cosine = pair.total[_COSINE]
     seen = f"cosine {number(cosine.value)}; random updates give {chance(cosine)}"
     much = "slightly" if abs(cosine.value) < 0.1 else "in part" if abs(cosine.value) < 0.5 else "largely"
+    how = "merged" if pair.mergeable else "together"
     if is_chance(cosine) is not False:
         whole = f"As a whole the updates are as unrelated as random ones ({seen})."
     elif cosine.value > 0:
-        whole = f"As a whole the updates point {much} the same way ({seen}); merged, that adds up."
+        whole = f"As a whole the updates point {much} the same way ({seen}); {how}, that adds up."
     else:
-        whole = f"As a whole the updates point {much} against each other ({seen}); merged, that cancels."
+        whole = f"As a whole the updates point {much} against each other ({seen}); {how}, that cancels."
     beyond = sum(is_chance(entry.measures[_COSINE]) is False for entry in pair.layers if _COSINE in entry.measures)
     return (
         f"{whole} Layer by layer it runs from {number(cosine.min)} to {number(cosine.max)}, beyond chance in {beyond} "
@@ -89,11 +93,11 @@ def _direction(pair: Pair) -> str:
     )
 
 
-def _basis(pair: Pair) -> str:
-    if not pair.mergeable:
-        return "They do not merge, since one is more than a low-rank pair; both can be active at once."
+def _basis(pair: Pair, refusal: str | None) -> str:
     if pair.only_first or pair.only_second or pair.other_shape:
         return "They adapt different layers, so merge refuses them; both can be active at once."
+    if refusal is not None:
+        return f"They do not merge: {refusal}"
     shared = sum(entry.shared_basis for entry in pair.layers)
     first, second = (max(entry.ranks[which] for entry in pair.layers) for which in (0, 1))
     if shared == len(pair.layers):
@@ -135,6 +139,30 @@ def report_notes(adapters: Mapping[str, Adapter], pairs: Sequence[Pair], *, with
             "of its pair alone, as if every gate were fully open."
         )
     return notes
+
+
+def usage_notes(adapters: Mapping[str, Adapter], usages: Sequence[ExpertUsage]) -> list[str]:
+    """What is missing of expert usage, and why."""
+    gated = [name for name, adapter in adapters.items() if is_gated(adapter)]
+    if gated and not usages:
+        left_out = (
+            f"How the gates of {joined(gated)} use their experts is left out, since that shows only while pictures are "
+            "drawn: add --model, and --prompt where a file names no captions (or --usage, as recorded before)."
+        )
+        return [left_out]
+    return [
+        (
+            f"The expert usages of {one.name} and {two.name} are not compared: they have no layer in common, or other "
+            "numbers of experts."
+        )
+        for one, two in combinations(usages, 2)
+        if not are_comparable(one, two)
+    ]
+
+
+def joined(names: Sequence[str]) -> str:
+    """`dog`, `dog and ink`, `dog, ink and pen`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _count(layers: Sequence[str]) -> str:

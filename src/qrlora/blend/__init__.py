@@ -10,14 +10,16 @@ from qrlora.blend.config import BlendConfig
 
 if TYPE_CHECKING:
     from qrlora.blend.job import BlendResult, blend
-    from qrlora.blend.painter import Painter, Picture, choose_place, settings_of
+    from qrlora.blend.painter import Painter, Picture, choose_place, load_painter, settings_of
     from qrlora.blend.provenance import AdapterUse, Provenance, read_provenance
     from qrlora.blend.sheet import Cell, Grid, draw_sheet
+    from qrlora.blend.usage import DrawnUsage, draw_usage, trained_captions
 
 _HOMES = {
     "AdapterUse": "provenance",
     "BlendResult": "job",
     "Cell": "sheet",
+    "DrawnUsage": "usage",
     "Grid": "sheet",
     "Painter": "painter",
     "Picture": "painter",
@@ -25,8 +27,11 @@ _HOMES = {
     "blend": "job",
     "choose_place": "painter",
     "draw_sheet": "sheet",
+    "draw_usage": "usage",
+    "load_painter": "painter",
     "read_provenance": "provenance",
     "settings_of": "painter",
+    "trained_captions": "usage",
 }
 
 __all__ = [
@@ -34,6 +39,7 @@ __all__ = [
     "BlendConfig",
     "BlendResult",
     "Cell",
+    "DrawnUsage",
     "Grid",
     "Painter",
     "Picture",
@@ -41,8 +47,11 @@ __all__ = [
     "blend",
     "choose_place",
     "draw_sheet",
+    "draw_usage",
+    "load_painter",
     "read_provenance",
     "settings_of",
+    "trained_captions",
 ]
 
 

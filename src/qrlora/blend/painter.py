@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
-from qrlora import __version__
+from qrlora import __version__, starter
 from qrlora.adapter import (
     adapters_disabled,
     attach_adapter,
@@ -34,7 +34,7 @@ from qrlora.blend.provenance import (
 )
 from qrlora.errors import QrloraError
 from qrlora.formats import Adapter, is_coefficients, read_adapter, read_coefficients, read_metadata
-from qrlora.models import GenerationDefaults, LoadedModel
+from qrlora.models import GenerationDefaults, LoadedModel, load_pipeline
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
@@ -52,6 +52,21 @@ def choose_place(device: str | None) -> tuple[torch.device, torch.dtype]:
     except (RuntimeError, AssertionError) as error:
         raise QrloraError(f"--device {device} is not to be had here; try --device cpu.") from error
     return place, torch.bfloat16 if place.type == "cuda" else torch.float32
+
+
+def load_painter(model: str | None, device: str | None) -> "Painter":
+    """A model ready to draw with its own settings.
+
+    Args:
+        model: hub id or local diffusers folder; None is the embedded base.
+        device: see `choose_place`.
+
+    Raises:
+        QrloraError: a device or a model that is not there.
+    """
+    place, dtype = choose_place(device)
+    loaded = load_pipeline(model or starter.path(), dtype=dtype, device=place)
+    return Painter(loaded, model, loaded.defaults)
 
 
 def settings_of(config: Any, defaults: GenerationDefaults) -> GenerationDefaults:

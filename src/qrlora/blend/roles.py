@@ -9,6 +9,7 @@ from PIL import Image
 
 from qrlora import starter
 from qrlora.blend.config import BlendConfig
+from qrlora.blend.usage import trained_captions
 from qrlora.data import load_examples, open_picture, square
 from qrlora.errors import QrloraError
 from qrlora.formats import Adapter, atomic_write, read_adapter
@@ -111,9 +112,7 @@ def fill_trainings(parts: Mapping[Role, Part], model: LoadedModel) -> None:
 
 def _caption_of(adapter: Adapter) -> str | None:
     """The first caption an adapter of ours was trained on."""
-    training = adapter.header.training if adapter.header is not None else None
-    captions = (training or {}).get("captions") or []
-    return str(captions[0]) if captions else None
+    return next(iter(trained_captions(adapter)), None)
 
 
 def train_part(part: Part, model: LoadedModel, *, progress: bool) -> TrainResult | None:

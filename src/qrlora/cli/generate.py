@@ -74,9 +74,9 @@ def run(arguments: Sequence[str]) -> None:
 
 def _generate(options: GenerateOptions, prompt: str, outputs: Sequence[Path]) -> None:
     adapters = [split_weight(text) for text in options.adapter]
-    from qrlora.blend import settings_of
+    from qrlora.blend import load_painter, settings_of
 
-    painter = _painter(options.model, options.device)
+    painter = load_painter(options.model, options.device)
     painter.settings = settings_of(options, painter.settings)
     weights = {f"adapter_{index}": weight for index, (_, weight) in enumerate(adapters)}
     for name, (file, _) in zip(weights, adapters, strict=True):
@@ -96,7 +96,7 @@ def _repeat(options: GenerateOptions, source: Path) -> None:
     from PIL import Image, ImageChops
     from pydantic import ValidationError
 
-    from qrlora.blend import read_provenance
+    from qrlora.blend import load_painter, read_provenance
     from qrlora.blend.provenance import file_hash
     from qrlora.models import GenerationDefaults
 
@@ -105,7 +105,7 @@ def _repeat(options: GenerateOptions, source: Path) -> None:
     for file, use in files:
         if file_hash(file) != use.sha256:
             raise QrloraError(f"{file} has changed since {source} was made with it, so the picture cannot be repeated.")
-    painter = _painter(options.model or _model_of_picture(made.model, source), options.device)
+    painter = load_painter(options.model or _model_of_picture(made.model, source), options.device)
     if painter.model_hash != made.model_hash:
         raise QrloraError(
             f"{source} was made with another base model than {painter.loaded.model_id} (or in another precision than "
@@ -141,16 +141,6 @@ def _model_of_picture(model: str | None, source: Path) -> str | None:
         )
     say(f"model named in {source}: {'the embedded base' if model is None else repr(model)}")
     return model
-
-
-def _painter(model: str | None, device: str | None) -> Any:
-    from qrlora import starter
-    from qrlora.blend import Painter, choose_place
-    from qrlora.models import load_pipeline
-
-    place, dtype = choose_place(device)
-    loaded = load_pipeline(model or starter.path(), dtype=dtype, device=place)
-    return Painter(loaded, model, loaded.defaults)
 
 
 def split_weight(text: str) -> tuple[Path, float]:

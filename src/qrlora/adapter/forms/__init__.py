@@ -9,12 +9,13 @@ A form is a subclass of `Form`, made known by `register_form`. It answers, for o
 2. **What is trained.** `frozen(side)` names the factors of the pair that are not; `trained_own` the keys of `own` that
    are (parameters; the other own tensors are buffers). Parameters are called `{layer}.lora_A.weight`,
    `{layer}.lora_B.weight` and `{layer}.{key}`. `masks` says whether `AdapterSpec.mask` means something to it.
-3. **What it computes**, where `scale * B (A x)` is not enough: with `has_update = True`, `update(held, x, result)`
-   returns what is added to `result` (the layer's output so far). `held` has the tensors as they are now, the scale
-   with the weight of `set_adapters` in it, and `held.through_A(tensor, x)` / `held.through_B(tensor, h)`, which run a
-   Linear or a convolution with any tensor shaped like `lora_A` or `lora_B`. peft calls it through
-   `qrlora.adapter._variant`, the one place that knows how. Return exact zeros at the start: an adapter starts from
-   exactly the base model. Take small differences of coefficients in fp32 before they meet `x`, which may be bf16.
+3. **What it computes**, where `scale * B (A x)` is not enough: with `has_update = True`, `update(held, x, base)`
+   returns what is added to the layer's output. `held` has the tensors as they are now, the scale with the weight of
+   `set_adapters` in it, and `held.through_A(tensor, x)` / `held.through_B(tensor, h)`, which run a Linear or a
+   convolution with any tensor shaped like `lora_A` or `lora_B`; `base()` is the base's own output without its bias, so
+   that no adapter depends on another. peft calls it through `qrlora.adapter._variant`, the one place that knows how.
+   Return exact zeros at the start: an adapter starts from exactly the base model. Take small differences of
+   coefficients in fp32 before they meet `x`, which may be bf16.
 4. **What a file says.** `export(held)` gives a `Start` with the scale baked in. Is the form an ordinary LoRA there
    (`low_rank = True`), the pair alone goes into a vanilla file and `own` is empty: everybody can load it, and it
    merges. Is it more than `W + B A` (`low_rank = False`), the pair and the own tensors go into a file of our own

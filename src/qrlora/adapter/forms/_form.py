@@ -55,8 +55,6 @@ class Held:
     """`Header.side`."""
     layer: str
     """The layer's path; empty within `update`."""
-    bias: Tensor | None
-    """The base's bias."""
     dense: Callable[[], Tensor]
     """The base weight `[out, in]` or `[out, in, kh, kw]`, dequantised where it is quantised."""
     through_A: Callable[[Tensor, Tensor], Tensor]
@@ -110,13 +108,16 @@ class Form(ABC):
         """The side of the frozen factor in an exported file: `Header.side`; None where neither factor is frozen."""
         return None
 
-    def update(self, held: Held, x: Tensor, result: Tensor) -> Tensor:
-        """What the adapter adds to `result`, the layer's output so far; called where `has_update`.
+    def update(self, held: Held, x: Tensor, base: Callable[[], Tensor]) -> Tensor:
+        """What the adapter adds to the layer's output; called where `has_update`.
+
+        It must not depend on the other adapters, so that active ones add up in any order.
 
         Arguments:
             held: the tensors, with the weight of `set_adapters` in the scale.
             x: the layer's input, in the dtype of the coefficients or, under autocast, of the base.
-            result: the output of the base and of the adapters before this one.
+            base: gives the base's own output for x, without its bias; costs a product with the whole weight where
+                another adapter came before this one.
         """
         return held.scale * held.through_B(held.B, held.through_A(held.A, x))
 
@@ -132,12 +133,17 @@ class Form(ABC):
         """Frozen tensors that an exact resume needs and a file does not hold exactly, by "lora_A", "lora_B" or key."""
         return {}
 
-    def check_saved(self, saved: Start, layer: str) -> None:  # noqa: B027  (most forms are checked as pairs already)
-        """Refuse tensors of a file that are no adapter of this form.
+    def check_saved(self, saved: Start, layer: str) -> None:
+        """Refuse tensors of a file that are no adapter of this form; here any beside the pair of an ordinary LoRA.
 
         Raises:
             QrloraError: names the layer and the tensor.
         """
+        if self.low_rank and saved.own:
+            raise QrloraError(
+                f"{layer} has {', '.join(sorted(saved.own))} beside its pair, which form {self.name!r} does not have; "
+                "the file is damaged, or its header is of another one."
+            )
 
     def resume(self, saved: Start, weight: Tensor, spec: AdapterSpec, layer: str, cache: BasisCache) -> Start:
         """The start of further training from what `export` gave, the scale of `spec` taken out again."""

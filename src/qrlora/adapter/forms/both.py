@@ -1,6 +1,6 @@
 """Both factors of a decomposition of W trained together, and peft's initialisations that start there."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import sqrt
 
 import torch
@@ -53,7 +53,7 @@ class BothForm(Form):
         pair = LowRank(left.reshape(b_shape), right.reshape(a_shape))
         return Start(pair, {_START_B: pair.B, _START_A: pair.A})
 
-    def update(self, held: Held, x: Tensor, result: Tensor) -> Tensor:
+    def update(self, held: Held, x: Tensor, base: Callable[[], Tensor]) -> Tensor:
         doubled = _doubled(held)
         return held.scale * held.through_B(doubled.B, held.through_A(doubled.A, x))
 
@@ -71,8 +71,12 @@ class BothForm(Form):
         return Start(pair, {_START_B: b_start.contiguous(), _START_A: a_now - a_change})
 
     def check_saved(self, saved: Start, layer: str) -> None:
+        super().check_saved(saved, layer)
         if saved.pair.rank % 2:
-            raise QrloraError(f"{layer} has the odd rank {saved.pair.rank}, but form 'both' has twice a rank.")
+            raise QrloraError(
+                f"{layer} has the odd rank {saved.pair.rank}, but form 'both' has twice a rank; the file is "
+                "damaged, or its header is of another one."
+            )
 
     def rank(self, pair: LowRank) -> int:
         return pair.rank // 2

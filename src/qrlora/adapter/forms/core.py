@@ -1,6 +1,6 @@
 """LoRA-XS: a small trained core between two frozen factors."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -47,7 +47,7 @@ class CoreForm(Form):
     def side(self, spec: AdapterSpec) -> Side | None:
         return spec.side if spec.basis in basis_names() else None
 
-    def update(self, held: Held, x: Tensor, result: Tensor) -> Tensor:
+    def update(self, held: Held, x: Tensor, base: Callable[[], Tensor]) -> Tensor:
         # The core goes into the smaller product's weight: two passes, as for an ordinary LoRA.
         return held.scale * held.through_B(_times_core(held.B, held.own[_CORE]), held.through_A(held.A, x))
 

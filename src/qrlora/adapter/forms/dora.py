@@ -1,5 +1,6 @@
 """DoRA, a baseline: plain LoRA, and a trained magnitude for each row of the weight."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -17,9 +18,10 @@ from qrlora.formats._adapter import MAGNITUDE
 class DoraForm(Form):
     """`W' = m (W + s B A) / |W + s B A|`, norms of rows, `m` trained from `|W|` (arXiv 2402.09353).
 
-    peft's own DoRA takes the norms in the compute dtype, so on a bf16 base it does not start from exactly the base;
-    here they are fp32. As there, the norm is a constant for the gradient, and the weight of `set_adapters` scales B A
-    alone.
+    Active beside other adapters it adds `(W' - W) x`, whatever their order. peft's own rescales the output of the
+    adapters before it too, so that there the order counts; one DoRA adapter alone, or the first, is the same. peft's
+    also takes the norms in the compute dtype, so on a bf16 base it does not start from exactly the base; here they are
+    fp32. As there, the norm is a constant for the gradient, and the weight of `set_adapters` scales B A alone.
     """
 
     name = "dora"
@@ -45,7 +47,7 @@ class DoraForm(Form):
                 "is damaged, or another tool has dropped it."
             )
 
-    def update(self, held: Held, x: Tensor, result: Tensor) -> Tensor:
+    def update(self, held: Held, x: Tensor, base: Callable[[], Tensor]) -> Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             change = held.scale * (held.B.flatten(1).float() @ held.A.flatten(1).float())
             norms = _row_norms(held.dense(), change)
@@ -54,9 +56,8 @@ class DoraForm(Form):
         safe = torch.where(norms > 0, norms, torch.ones_like(norms))
         scaled = torch.where(norms > 0, held.own[MAGNITUDE].flatten() / safe, torch.ones_like(norms))
         ratio = scaled.reshape(channels)
-        base = result if held.bias is None else result - held.bias.reshape(channels)
         low_rank = held.scale * held.through_B(held.B, held.through_A(held.A, x))
-        return (ratio - 1) * base + ratio * low_rank
+        return (ratio - 1) * base() + ratio * low_rank
 
 
 def _row_norms(weight: Tensor, change: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """Freq-MoE: spectral bands as experts, weighed for every token by a learned gate."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,7 @@ class GatedForm(Form):
     def side(self, spec: AdapterSpec) -> Side | None:
         return "output"
 
-    def update(self, held: Held, x: Tensor, result: Tensor) -> Tensor:
+    def update(self, held: Held, x: Tensor, base: Callable[[], Tensor]) -> Tensor:
         coefficients = held.through_A(held.A, x)
         gates = gate_weights(held, x).to(coefficients.dtype).unsqueeze(-1)
         by_expert = coefficients.reshape(*gates.shape[:-1], -1)
