@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.basis import RESULTS, describe
 from diffusers.loaders.peft import PeftAdapterMixin
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 
+from benchmarks.basis import RESULTS, describe
 from qrlora import starter
 from qrlora.adapter import AdapterSpec, BasisCache, add_adapter, remove_adapter
 from qrlora.models import load_pipeline

@@ -1,9 +1,11 @@
 """Adapters as plain data, made from a seed."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from qrlora.formats import Adapter, Header, LowRank
+from qrlora.formats import Adapter, Component, Header, LowRank
 
 LINEAR, CONV = "blocks.0.attn.to_q", "blocks.10.conv"
 
@@ -46,3 +48,14 @@ def dense(adapter: Adapter, layer: str) -> Tensor:
 
 def relative(value: Tensor, expected: Tensor) -> float:
     return float((value.double() - expected.double()).norm() / expected.double().norm())
+
+
+def with_words(seed: int, *components: Component, words_basis: int = 20, **fields: object) -> Adapter:
+    """`made`, with an adapter of one layer (6 x 10) for each of these text encoders; `fields` are in its header."""
+    companions: dict[Component, Adapter] = {}
+    for index, component in enumerate(components):
+        generator = torch.Generator().manual_seed(100 * seed + index)
+        pair = LowRank(orthonormal(6, 3, words_basis + index), torch.randn(3, 10, generator=generator))
+        header = Header.model_validate({"basis": "qr", "side": "output", "mask": "full", "rank": 3} | fields)
+        companions[component] = Adapter({"text_model.encoder.layers.0.self_attn.q_proj": pair}, header, component)
+    return replace(made(seed), companions=companions)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers.utils import logging as transformers_logging
 
-from tests.tiny_pipelines import save_flux
+from tests.tiny_pipelines import save_flux, save_sd3, save_sdxl
 
 transformers_logging.disable_progress_bar()
 
@@ -31,3 +31,15 @@ def _own_basis_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny FluxPipeline; read only."""
     return save_flux(tmp_path_factory.mktemp("models") / "tiny-flux")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny StableDiffusion3Pipeline; read only."""
+    return save_sd3(tmp_path_factory.mktemp("models") / "tiny-sd3")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny StableDiffusionXLPipeline that predicts noise; read only."""
+    return save_sdxl(tmp_path_factory.mktemp("models") / "tiny-sdxl")

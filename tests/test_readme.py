@@ -39,7 +39,7 @@ def desk(tmp_path: Path, tiny_flux: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 def test_examples_run_in_their_order(desk: Path) -> None:
     blocks = _MARKED.findall(README)
-    assert [language for language, _ in blocks] == ["sh", "python"]
+    assert [language for language, _ in blocks] == ["sh", "sh", "python"]
     for language, text in blocks:
         if language == "python":
             Path("both.safetensors").unlink()

@@ -15,7 +15,7 @@ from qrlora.analysis import ExpertUsage, Report, analyze, write_report
 from qrlora.errors import QrloraError, QrloraWarning
 from qrlora.formats import Adapter, Header, LowRank
 from qrlora.merging import merge
-from tests.adapters_of_data import CONV, LINEAR, dense, made
+from tests.adapters_of_data import CONV, LINEAR, dense, made, with_words
 from tests.tiny_models import tiny_flux
 
 FEW = {"draws": 3}
@@ -211,6 +211,18 @@ def test_gated_adapters() -> None:
     assert not report.pairs[0].mergeable
     assert any("do not merge" in note for note in report.pairs[0].notes)
     assert any("every gate were fully open" in note for note in report.notes)
+
+
+def test_companions_are_left_out_and_that_is_said() -> None:
+    parts = [with_words(seed, "text_encoder") for seed in (0, 1)]
+    report = analyze(parts, names=["dog", "ink"])
+    assert report.pairs == analyze([part.alone() for part in parts], names=["dog", "ink"]).pairs
+    assert report.notes[-1].startswith("dog, ink: the adapters of text encoders are left out.")
+    words = analyze([part.companions["text_encoder"] for part in parts], names=["dog", "ink"])
+    assert words.adapters[0].component == "text_encoder"
+    one, other = (dense(part.companions["text_encoder"], words.adapters[0].layers[0].layer) for part in parts)
+    cosine = float((one * other).sum() / one.norm() / other.norm())
+    assert words.pairs[0].total["update.cosine"].value == pytest.approx(cosine, abs=1e-5)
 
 
 def test_refusals() -> None:

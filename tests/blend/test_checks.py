@@ -15,6 +15,7 @@ from qrlora.blend.roles import fill_trainings, plan_parts
 from qrlora.errors import QrloraError
 from qrlora.formats import LowRank, read_adapter
 from qrlora.models import GenerationDefaults, LoadedModel
+from qrlora.models.flux import FLUX
 from tests.blend.conftest import MakeConfig
 
 
@@ -110,7 +111,18 @@ def test_only_our_own_earlier_pictures_are_removed(made: BlendResult, tmp_path: 
 )
 def test_settings_are_validated_where_they_meet(given: dict, words: str) -> None:
     with pytest.raises(QrloraError, match=words):
-        settings_of(SimpleNamespace(**given), GenerationDefaults())
-    assert settings_of(SimpleNamespace(height=64), GenerationDefaults(width=32)).model_dump() == (
+        settings_of(SimpleNamespace(**given), GenerationDefaults(), FLUX)
+    assert settings_of(SimpleNamespace(height=64), GenerationDefaults(width=32), FLUX).model_dump() == (
         GenerationDefaults(width=32, height=64).model_dump()
     )
+
+
+def test_what_the_configurations_say_of_the_model(make_config: MakeConfig, tmp_path: Path) -> None:
+    content, style = tmp_path / "content.yaml", tmp_path / "style.yaml"
+    content.write_text("model: somebody/some-model\nmemory: 12gb\n", encoding="utf-8")
+    style.write_text("memory: 24gb\n", encoding="utf-8")
+    with pytest.raises(QrloraError, match=r"content.yaml names the model somebody/some-model, .* add --model somebody"):
+        blend(make_config(tmp_path / "out", content_config=content, model=None), progress=False)
+    with pytest.raises(QrloraError, match="ask for memory 12gb and 24gb; give one for both with --memory"):
+        blend(make_config(tmp_path / "out", content_config=content, style_config=style), progress=False)
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """`qrlora export` converts between tools, and `qrlora inspect` tells what a file is, whoever made it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from qrlora.cli import main
 from qrlora.formats import read_adapter, write_adapter
+from tests.adapters_of_data import dense, with_words
 from tests.published_files import FLUX, SD3, qr_parts, stored
 from tests.real_layers import assert_same_updates, real_adapter, save
 
@@ -151,3 +153,28 @@ def test_what_a_stranger_wrote_is_not_sent_to_the_terminal(kohya: Path, capsys: 
     assert "\x1b" not in shown
     assert r"\x1b" in shown
     assert max(map(len, shown.splitlines())) < 400
+
+
+def test_companions_are_shown_exported_and_merged(kohya: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = replace(real_adapter("sdxl", "attn1.to_q"), companions=with_words(0, "text_encoder").companions)
+    adapter.save("w.safetensors")
+    layer = "text_model.encoder.layers.0.self_attn.q_proj"
+    norm = float(dense(adapter.companions["text_encoder"], layer).norm())
+    assert main(["inspect", "w.safetensors"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("text_encoder.")]
+    assert [(row[0], row[1]) for row in rows] == [("text_encoder.text_model.encoder.layers.0", "3")]
+    assert float(rows[0][2]) == pytest.approx(norm, rel=1e-3)
+    found = facts(capsys, "w.safetensors")
+    assert (found["component"], found["layers"]) == ("unet", len(adapter.layers))
+    words = found["companions"]["text_encoder"]
+    assert (words["layers"], words["trained"], words["header"]["basis"]) == (1, 30, "qr")
+    assert words["norms"] == {layer: pytest.approx(norm, rel=1e-6)}
+    assert main(["export", "w.safetensors", "--format", "kohya", "--output", "x.safetensors"]) == 0
+    assert f"0 left out, {len(adapter.layers) + 1} layers" in capsys.readouterr().err
+    assert_same_updates(
+        read_adapter("x.safetensors").companions["text_encoder"], adapter.companions["text_encoder"].layers
+    )
+    assert main(["export", "w.safetensors", "--format", "peft", "--output", "folder"]) == 2
+    assert "its adapter of text_encoder would be lost" in capsys.readouterr().err
+    assert main(["merge", "w.safetensors", "w.safetensors", "--method", "concat", "--output", "y.safetensors"]) == 0
+    assert f"rank 4, {len(adapter.layers)} layers, 1 of the text_encoder" in capsys.readouterr().err

@@ -52,7 +52,10 @@ from tests.cli.conftest import Run
         ("basis --rank 9999", "9999"),
         ("basis --basis qqq", "'qqq'"),
         ("basis --basis lora", "--basis lora has no basis"),
-        ("generate --prompt x --max-sequence-length 600 --output x.png", "max_sequence_length=600 is above 512"),
+        (
+            "generate --prompt x --max-sequence-length 600 --output x.png",
+            "--max-sequence-length 600 is not possible for flux",
+        ),
         ("generate --prompt x --guidance-scale nan --output x.png", "--guidance-scale nan is not valid"),
         ("blend --true-cfg-scale inf", "--true-cfg-scale inf is not valid"),
         ("config", "config init"),

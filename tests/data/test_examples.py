@@ -34,7 +34,7 @@ def test_captions_text_file_then_metadata_then_prompt(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
     (tmp_path / "notes.md").write_text("not a picture")
     (tmp_path / "sub").mkdir()
-    found = [(example.path.name, example.caption) for example in load_examples(tmp_path, "from the prompt", 32)]
+    found = [(Path(example.name).name, example.caption) for example in load_examples(tmp_path, "from the prompt", 32)]
     assert found == [("a.jpg", "from the text file"), ("b.webp", "from metadata"), ("c.png", "from the prompt")]
 
 

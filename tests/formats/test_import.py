@@ -12,7 +12,7 @@ from qrlora.merging import merge
 from tests.adapters_of_data import made
 from tests.real_layers import assert_same_updates, real_adapter, save
 
-ENCODER = {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(2, 2)}
+ENCODER = {"lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_up.weight": torch.ones(2, 2)}
 
 
 def with_more(path: Path, **more: torch.Tensor) -> Path:
@@ -41,7 +41,7 @@ def test_formats_that_can_be_written() -> None:
 def test_what_is_not_understood_is_an_error_unless_allowed(tmp_path: Path, format: str) -> None:
     adapter = real_adapter("flux", "attn.to_q")
     path = with_more(write_adapter(adapter, tmp_path / "a.safetensors", format), **ENCODER)
-    with pytest.raises(QrloraError, match=r"1 of \d+ keys are not understood .*, 1 of them of text encoders: lora_te1"):
+    with pytest.raises(QrloraError, match=r"1 of \d+ keys are not understood .*, 1 of them of text encoders: lora_te3"):
         read_adapter(path)
     with pytest.warns(QrloraWarning, match="1 keys are not understood and left out"):
         assert_same_updates(read_adapter(path, allow_unmatched=True), adapter.layers)

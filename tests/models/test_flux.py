@@ -92,9 +92,9 @@ def test_a_picture_does_not_depend_on_its_batch(model: LoadedModel) -> None:
 
 
 def test_generating_does_not_change_the_sigmas_of_training(model: LoadedModel) -> None:
-    before = model.family.sigma_table(model.pipeline)
+    before = model.family.noise_process(model.pipeline).levels
     model.family.generate(model.pipeline, ["a cat"], seeds=[1], **SETTINGS)
-    torch.testing.assert_close(model.family.sigma_table(model.pipeline), before, rtol=0, atol=0)
+    torch.testing.assert_close(model.family.noise_process(model.pipeline).levels, before, rtol=0, atol=0)
     torch.testing.assert_close(before, torch.arange(1000, 0, -1) / 1000)
 
 

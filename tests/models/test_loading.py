@@ -23,11 +23,28 @@ def test_settings_come_from_the_folder(tiny_flux: Path) -> None:
 
 
 def test_without_settings_the_familys_defaults_hold(tmp_path: Path) -> None:
-    flux_pipeline().save_pretrained(tmp_path / "plain")
+    flux_pipeline(guidance_embeds=True).save_pretrained(tmp_path / "plain")
     model = load_pipeline(tmp_path / "plain")
     assert model.defaults == GenerationDefaults()
     assert model.training == {"resolution": 512}
     assert model.model_id == str(tmp_path / "plain")
+
+
+def test_without_a_guidance_embedding_a_flux_is_schnell_like(tmp_path: Path) -> None:
+    flux_pipeline().save_pretrained(tmp_path / "plain")
+    defaults = load_pipeline(tmp_path / "plain").defaults
+    assert (defaults.num_inference_steps, defaults.guidance_scale, defaults.max_sequence_length) == (4, 0.0, 256)
+
+
+def test_settings_that_mean_nothing_for_the_family_are_named(tiny_sdxl: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_sdxl, tmp_path / "m")
+    for generation, words in (
+        ({"true_cfg_scale": 2.0}, r"qrlora\.json of .*: generation\.true_cfg_scale=2\.0 has no meaning for sdxl"),
+        ({"max_sequence_length": 128}, r"generation\.max_sequence_length=128 is not possible for sdxl"),
+    ):
+        (tmp_path / "m" / "qrlora.json").write_text(json.dumps({"generation": generation}))
+        with pytest.raises(QrloraError, match=words):
+            load_pipeline(tmp_path / "m")
 
 
 def test_a_typo_in_the_settings_is_named(tmp_path: Path) -> None:

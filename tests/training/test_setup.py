@@ -53,5 +53,6 @@ def test_the_base_is_loaded_in_what_was_decided(make_config: MakeConfig, tiny_fl
     (folder / "qrlora.json").write_text(json.dumps(settings))
     for start, dtype, precision in ((None, torch.float32, "no"), (_checkpoint("bf16"), torch.bfloat16, "bf16")):
         loaded, config = load_model(make_config(model=str(folder)), None, CUDA, start)
+        loaded.load_denoiser("cpu")
         assert loaded.denoiser.dtype == dtype
         assert config.mixed_precision == precision

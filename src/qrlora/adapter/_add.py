@@ -3,19 +3,20 @@
 import hashlib
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from qrlora.adapter._cache import BasisCache
 from qrlora.adapter._packed import keep_gradients
-from qrlora.adapter._peft import Injection, Record, as_mixin, check_new_name, inject, masked_factor
-from qrlora.adapter._spec import AdapterSpec
+from qrlora.adapter._peft import Injection, Record, as_mixin, check_new_name, component_of, inject, masked_factor
+from qrlora.adapter._spec import PLAIN_LORA, AdapterSpec
 from qrlora.adapter._weights import check_adaptable, combined_hash, dense_weight, layer_hash
 from qrlora.adapter.forms import Form, Start, form_of
-from qrlora.adapter.forms._form import check_spec
+from qrlora.adapter.forms._form import COEFFICIENTS, check_spec
 from qrlora.adapter.targets import adaptable_layers, target_layers
 from qrlora.basis import Side, fingerprint
 from qrlora.errors import QrloraError
-from qrlora.formats import Header, basis_vectors
+from qrlora.formats import TEXT_ENCODERS, Header, basis_vectors
 
 
 def add_adapter(
@@ -25,6 +26,7 @@ def add_adapter(
     *,
     cache: BasisCache | None = None,
     progress: Callable[[int, int], None] | None = None,
+    device: torch.device | None = None,
 ) -> list[str]:
     """Put a new adapter on a denoiser, ready to train; it alone is active, others stay loaded.
 
@@ -38,6 +40,7 @@ def add_adapter(
         adapter_name: two or more letters, digits, - or _.
         cache: where bases are kept; the default folder where None.
         progress: called with (layers done, layers) after each layer.
+        device: where bases are computed; where each weight is, where None.
 
     Returns:
         The adapted layers' paths, in the order of the model.
@@ -51,7 +54,9 @@ def add_adapter(
     check_new_name(denoiser, adapter_name)
     check_spec(spec)
     form = form_of(spec)
-    layers = target_layers(denoiser, spec.target_modules)
+    if component_of(denoiser) in TEXT_ENCODERS:
+        check_encoder_spec(spec)
+    layers = target_layers(denoiser, spec.target_modules, spec.blocks)
     modules = adaptable_layers(denoiser)
     for layer in layers:
         check_adaptable(modules[layer], layer)
@@ -62,7 +67,7 @@ def add_adapter(
     hashes: dict[str, str] = {}
     for done, layer in enumerate(layers, start=1):
         weight = dense_weight(modules[layer], layer)
-        starts[layer] = form.start(weight, spec, layer, store)
+        starts[layer] = form.start(weight if device is None else weight.to(device), spec, layer, store)
         hashes[layer] = layer_hash(modules[layer], layer)
         if progress is not None:
             progress(done, len(layers))
@@ -79,6 +84,19 @@ def add_adapter(
         ),
     )
     return layers
+
+
+def check_encoder_spec(spec: AdapterSpec) -> None:
+    """Refuse a form that files do not hold for text encoders.
+
+    Raises:
+        QrloraError: begins with "form".
+    """
+    form = form_of(spec)
+    if form.name not in (COEFFICIENTS, PLAIN_LORA):
+        raise QrloraError(
+            f"form={form.name!r} is for denoisers; text encoders take plain LoRA and coefficients on a basis."
+        )
 
 
 def _check_rank(weight: Tensor, spec: AdapterSpec, form: Form, layer: str) -> None:

@@ -24,7 +24,7 @@ from qrlora.adapter.forms._form import COEFFICIENTS, FACTORS, Factor, upper_tria
 from qrlora.adapter.targets import adaptable_layers
 from qrlora.basis import align, is_orthonormal
 from qrlora.errors import QrloraError
-from qrlora.formats import Adapter, CoefficientsFile, Component, Header, LowRank, check_weight
+from qrlora.formats import TEXT_ENCODERS, Adapter, CoefficientsFile, Component, Header, LowRank, check_weight
 
 FINGERPRINT_TOLERANCE = 1e-3
 
@@ -133,8 +133,9 @@ def check_fits(denoiser: nn.Module, adapter: Adapter) -> None:
 def _check_layers(
     modules: dict[str, nn.Module], layers: list[str], component: Component, denoiser: nn.Module, label: str
 ) -> None:
-    if component != component_of(denoiser):
-        raise QrloraError(f"{label} adapts a {component}, but {type(denoiser).__name__} is a {component_of(denoiser)}.")
+    wanted, has = (TEXT_ENCODERS[0] if each in TEXT_ENCODERS else each for each in (component, component_of(denoiser)))
+    if wanted != has:
+        raise QrloraError(f"{label} adapts a {component}, but {type(denoiser).__name__} is a {has}.")
     for layer in layers:
         if layer not in modules:
             raise QrloraError(
@@ -181,11 +182,12 @@ def ranks_of(adapter: Adapter) -> set[int]:
 
 
 def trained_size(adapter: Adapter) -> int:
-    """How many numbers an adapter trains, without masked ones."""
-    form = form_in(adapter)
-    return sum(
-        form.trained_size(pair, adapter.own.get(name, {}), adapter.header) for name, pair in adapter.layers.items()
-    )
+    """How many numbers an adapter and its companions train, without masked ones."""
+    total = 0
+    for part in adapter.components.values():
+        form = form_in(part)
+        total += sum(form.trained_size(pair, part.own.get(name, {}), part.header) for name, pair in part.layers.items())
+    return total
 
 
 def _frozen(adapter: Adapter) -> Injection:

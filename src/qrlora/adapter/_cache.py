@@ -50,6 +50,7 @@ class BasisCache:
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = Path(folder) if folder is not None else default_cache_folder()
+        self._writable = True
 
     def get(self, weight: Tensor, spec: AdapterSpec, layer: str) -> Basis:
         """The basis of `weight` that `spec` asks for: remembered, read, or computed and then kept.
@@ -112,12 +113,17 @@ class BasisCache:
             band=spec.slice,
         )
         basis = Basis(made.vectors.cpu().contiguous(), made.name, made.side, made.solver, made.angle)
+        if self._writable:
+            self._keep(key, wanted, basis)
+        return basis
+
+    def _keep(self, key: str, wanted: dict[str, Any], basis: Basis) -> None:
         entry = wanted | {"found_by": basis.solver, "angle": basis.angle, "checksum": _checksum(basis.vectors)}
         try:
             write_safetensors(self._path(key), {"vectors": basis.vectors}, {_KEY: json.dumps(entry, sort_keys=True)})
         except QrloraError as error:
-            warnings.warn(f"the bases are not kept for the next run: {error}", QrloraWarning, stacklevel=4)
-        return basis
+            self._writable = False  # said once, not once a layer
+            warnings.warn(f"the bases are not kept for the next run: {error}", QrloraWarning, stacklevel=5)
 
 
 def _wanted(weight: Tensor, spec: AdapterSpec, layer: str) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Adapters that are on a denoiser already: which are trained, which are active, and none at all."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from qrlora.adapter._peft import (
@@ -69,15 +70,25 @@ def set_adapters(denoiser: nn.Module, weights: Mapping[str, float]) -> None:
 @contextmanager
 def adapters_disabled(denoiser: nn.Module) -> Generator[None]:
     """Within this context the denoiser is its base model, bit for bit; afterwards adapters are as they were."""
-    layers = [module for name in configs(denoiser) for module in lora_layers(denoiser, name).values()]
-    enabled = [layer for layer in dict.fromkeys(layers) if not layer.disable_adapters]
-    for layer in enabled:
-        layer.enable_adapters(False)
+    enabled = [layer for layer in adapted_layers(denoiser) if not layer.disable_adapters]
+    enable_layers(enabled, enabled=False)
     try:
         yield
     finally:
-        for layer in enabled:
-            layer.enable_adapters(True)
+        enable_layers(enabled, enabled=True)
+
+
+def adapted_layers(denoiser: nn.Module) -> list[LoraLayer]:
+    """The layers that carry any adapter."""
+    layers = [module for name in configs(denoiser) for module in lora_layers(denoiser, name).values()]
+    return list(dict.fromkeys(layers))
+
+
+def enable_layers(layers: Iterable[LoraLayer], *, enabled: bool) -> None:
+    """Let adapters act in these layers, or not."""
+    for layer in layers:
+        if layer.disable_adapters == enabled:
+            layer.enable_adapters(enabled)
 
 
 def remove_adapter(denoiser: nn.Module, adapter_name: str) -> None:

@@ -41,7 +41,7 @@ def estimate_seconds(denoiser: nn.Module, spec: AdapterSpec, *, cache: BasisCach
     modules = adaptable_layers(denoiser)
     shapes: list[tuple[int, int]] = []
     device = None
-    for layer in target_layers(denoiser, spec.target_modules):
+    for layer in target_layers(denoiser, spec.target_modules, spec.blocks):
         weight = dense_weight(modules[layer], layer)
         device = device or weight.device
         if not store.holds(weight, spec, layer):

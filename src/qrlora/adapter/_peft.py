@@ -7,17 +7,20 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.utils import peft_utils
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.integrations.peft import PeftAdapterMixin as EncoderMixin
 
 from qrlora.adapter._variant import OWN, give_form, held_by, own_tensors
+from qrlora.adapter._weights import path_stem
 from qrlora.adapter.forms import Form, Held, Start
 from qrlora.adapter.forms._form import Factor, upper_triangle
 from qrlora.adapter.forms.lora import PLAIN_LORA
@@ -61,16 +64,36 @@ def masked_factor(form: Form, mask: str, side: Side | None) -> Factor | None:
 
 
 def as_mixin(denoiser: nn.Module) -> Any:
-    """The denoiser, untyped, with the adapter methods of diffusers that it was checked to have."""
-    if not isinstance(denoiser, PeftAdapterMixin):
-        raise QrloraError(
-            f"{type(denoiser).__name__} is not a diffusers denoiser that takes adapters; pass "
-            "pipeline.transformer or pipeline.unet."
+    """The denoiser, or a text encoder of transformers, untyped, with the adapter methods of diffusers."""
+    if isinstance(denoiser, PeftAdapterMixin):
+        return denoiser
+    if isinstance(denoiser, EncoderMixin):
+        return _Encoder(denoiser)
+    raise QrloraError(
+        f"{type(denoiser).__name__} is not a diffusers denoiser that takes adapters; pass pipeline.transformer or "
+        "pipeline.unet, or a text encoder."
+    )
+
+
+class _Encoder:
+    """What transformers' mixin calls otherwise."""
+
+    def __init__(self, encoder: Any) -> None:
+        self._encoder = encoder
+        self.add_adapter, self.set_adapter, self.delete_adapters = (
+            encoder.add_adapter,
+            encoder.set_adapter,
+            encoder.delete_adapter,
         )
-    return denoiser
+
+    def set_adapters(self, adapter_names: list[str], weights: list[float]) -> None:
+        cast(Any, peft_utils).set_weights_and_activate_adapters(self._encoder, adapter_names, weights)
 
 
 def component_of(denoiser: nn.Module) -> Component:
+    """The component, by class; of a text encoder the first, as its class does not tell its place in a pipeline."""
+    if isinstance(denoiser, EncoderMixin):
+        return "text_encoder"
     return "unet" if "UNet" in type(denoiser).__name__ else "transformer"
 
 
@@ -94,8 +117,12 @@ def lora_layers(denoiser: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
         raise QrloraError(
             f"there is no adapter {adapter_name!r} on the denoiser; there are: {', '.join(known) or 'none'}."
         )
-    modules = cast(Iterator[tuple[str, nn.Module]], denoiser.named_modules())
-    return {name: module for name, module in modules if isinstance(module, LoraLayer) and adapter_name in module.lora_A}
+    modules, stem = cast(Iterator[tuple[str, nn.Module]], denoiser.named_modules()), path_stem(denoiser)
+    return {
+        stem + name: module
+        for name, module in modules
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_A
+    }
 
 
 def base_scale(layer: LoraLayer, adapter_name: str) -> float:
@@ -163,7 +190,7 @@ def inject(denoiser: nn.Module, adapter_name: str, injection: Injection) -> None
     All checks were made before: from here on nothing is expected to fail. The global random state is left as it was.
     """
     mixin = as_mixin(denoiser)
-    config = _config(injection)
+    config = _config(injection, path_stem(denoiser))
     with cast(Any, torch.random).fork_rng(devices=[]), warnings.catch_warnings():
         # Several adapters on one model are what this package is for.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
@@ -187,8 +214,9 @@ def inject(denoiser: nn.Module, adapter_name: str, injection: Injection) -> None
             mask_gradient(weight_of(layer, injection.masked, adapter_name), injection.masked)
 
 
-def _config(injection: Injection) -> LoraConfig:
-    ranks = {name: start.pair.rank for name, start in injection.starts.items()}
+def _config(injection: Injection, stem: str) -> LoraConfig:
+    """By the model's own paths, which are ours without `stem`."""
+    ranks = {name.removeprefix(stem): start.pair.rank for name, start in injection.starts.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {f"^{re.escape(name)}": other for name, other in ranks.items() if other != rank}
     alphas = {name: _whole(other * injection.scale) for name, other in pattern.items()}
@@ -225,3 +253,12 @@ def mask_gradient(parameter: nn.Parameter, factor: Factor) -> None:
     parameter.requires_grad_(True)
     cast(Any, parameter).register_hook(_UpperTriangle(factor))
     parameter.requires_grad_(wanted)
+
+
+def zero_masked(parameters: Iterable[nn.Parameter]) -> None:
+    """Set masked entries to exactly zero again, after an optimiser that moves entries whose gradients are all zero."""
+    for parameter in parameters:
+        hooks = cast(Mapping[int, object], parameter._backward_hooks or {})  # pyright: ignore[reportPrivateUsage]
+        for hook in hooks.values():
+            if isinstance(hook, _UpperTriangle):
+                parameter.data.copy_(upper_triangle(parameter.data, hook.factor))

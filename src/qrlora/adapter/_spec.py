@@ -5,6 +5,7 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from qrlora.adapter.blocks import Blocks, check_blocks
 from qrlora.basis import Band, Side, Solver
 from qrlora.errors import QrloraError
 
@@ -29,6 +30,9 @@ class AdapterSpec(BaseModel):
         init_std: standard deviation of the "normal" start.
         target_modules: "auto" (the list of the model's family), a regular expression that matches whole module paths,
             or a list of names, each matching a path's last whole components ("attn.to_q").
+        blocks: the part of the network that is adapted: a preset ("b-lora", "splitflux", ...), a range such as
+            "single_transformer_blocks.10-37", a regular expression for the beginning of paths, or a list of these; all
+            of it where None.
         experts: for form "gated": how many equal spectral bands of the rank a gate weighs for every token (4 or 8).
             Giving it asks for that form.
         top_k: for form "gated": only the k experts of largest weight act on a token; all where None.
@@ -48,6 +52,7 @@ class AdapterSpec(BaseModel):
     init: Literal["zero", "normal"] = "zero"
     init_std: float = Field(default=0.01, gt=0, allow_inf_nan=False)
     target_modules: str | list[str] = "auto"
+    blocks: Blocks | None = None
     experts: int | None = Field(default=None, ge=2)
     top_k: int | None = Field(default=None, ge=1)
     solver: Solver = "auto"
@@ -64,6 +69,16 @@ class AdapterSpec(BaseModel):
             except QrloraError as error:
                 raise ValueError(str(error)) from error
         return form
+
+    @field_validator("blocks")
+    @classmethod
+    def _blocks_are_valid(cls, blocks: Blocks | None) -> Blocks | None:
+        if blocks is not None:
+            try:
+                check_blocks(blocks)
+            except QrloraError as error:
+                raise ValueError(str(error)) from error
+        return blocks
 
     @field_validator("band")
     @classmethod

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qrlora.adapter._packed import packing, unpacked
 from qrlora.basis import weight_hash
 from qrlora.errors import QrloraError, QrloraWarning
-from qrlora.formats import same_weight
+from qrlora.formats import CLIP_STEM, same_weight
 
 _DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NARROWER = {
@@ -24,6 +24,15 @@ _NARROWER = {
 def base_layer(module: nn.Module) -> nn.Module:
     """The layer itself, without peft's wrapping."""
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
+def path_stem(model: nn.Module) -> str:
+    """What the paths of a model's layers begin with in adapters, beyond its own module paths.
+
+    transformers 5 has flattened `CLIPTextModel`, whose layers every tool names with `text_model.` at the beginning.
+    """
+    flattened = type(model).__name__ == "CLIPTextModel" and not hasattr(model, "text_model")
+    return CLIP_STEM if flattened else ""
 
 
 def is_adaptable(module: nn.Module) -> bool:

@@ -8,7 +8,8 @@ from importlib import import_module
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from qrlora.adapter._weights import is_adaptable
+from qrlora.adapter._weights import is_adaptable, path_stem
+from qrlora.adapter.blocks import Blocks, layers_in
 from qrlora.errors import QrloraError
 
 _TARGETS: dict[str, tuple[str, ...]] = {}
@@ -26,20 +27,29 @@ def register_targets(class_name: str, patterns: tuple[str, ...]) -> None:
 
 def adaptable_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
     """Every Linear and Conv2d by its path, peft's wrapper in place of the layer where there is one."""
-    return {name: module for name, module in _own_modules(denoiser) if name and is_adaptable(module)}
+    stem = path_stem(denoiser)
+    return {stem + name: module for name, module in _own_modules(denoiser) if name and is_adaptable(module)}
 
 
-def target_layers(denoiser: nn.Module, target_modules: str | list[str] = "auto") -> list[str]:
-    """The paths of the layers that `target_modules` means, in the order of the model.
+def target_layers(
+    denoiser: nn.Module, target_modules: str | list[str] = "auto", blocks: Blocks | None = None
+) -> list[str]:
+    """The paths of the layers that `target_modules` means within `blocks`, in the order of the model.
 
     Args:
         denoiser: any model; layers inside peft's wrappers are seen as themselves.
         target_modules: "auto", a regular expression for whole paths, or names that match the last whole components of a
             path (so "attn.to_q" does not match "attn2.to_q" nor "xattn.to_q").
+        blocks: the part of the network; all of it where None.
 
     Raises:
         QrloraError: "auto" for an unknown class of models, an invalid expression, or nothing matches.
     """
+    found = _matching(denoiser, target_modules)
+    return found if blocks is None else layers_in(blocks, found)
+
+
+def _matching(denoiser: nn.Module, target_modules: str | list[str]) -> list[str]:
     names = list(adaptable_layers(denoiser))
     if isinstance(target_modules, list):
         for wanted in target_modules:

@@ -30,7 +30,8 @@ def analyze(
     """What each adapter is, and how every two of them relate, beside what random matrices give.
 
     Args:
-        adapters: one or more, of any tool, of one component; layer sets may differ.
+        adapters: one or more, of any tool, of one component; layer sets may differ. Companions are left out, which
+            the report says.
         names: what the report calls them; `adapter_names` where None.
         denoiser: the base model, for `R = Q^T W`; without it R is left out, and the report says so.
         usages: recorded gate weights of gated adapters.

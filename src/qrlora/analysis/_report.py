@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from qrlora.analysis._usage import UsageReport
+from qrlora.formats import Component
 
 REPORT_VERSION = 1
 
@@ -90,7 +91,7 @@ class LayerFacts(_Model):
 class AdapterFacts(_Model):
     name: str
     file: str | None
-    component: Literal["transformer", "unet"]
+    component: Component
     basis: str | None
     side: Literal["output", "input"] | None
     mask: Literal["full", "upper"]

@@ -138,6 +138,12 @@ def report_notes(adapters: Mapping[str, Adapter], pairs: Sequence[Pair], *, with
             f"{', '.join(gated)}: more than a low-rank pair (gates or other tensors of its own). The numbers are those "
             "of its pair alone, as if every gate were fully open."
         )
+    words = [name for name, adapter in adapters.items() if adapter.companions]
+    if words:
+        notes.append(
+            f"{', '.join(words)}: the adapters of text encoders are left out. In Python, "
+            'analyze([one.companions["text_encoder"], ...]) compares them.'
+        )
     return notes
 
 

@@ -4,8 +4,9 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from qrlora.adapter import check_fits, target_layers
+from qrlora.adapter import check_fits_pipeline, layers_in, target_layers
 from qrlora.blend.config import BlendConfig
+from qrlora.blend.painter import named_as_options
 from qrlora.blend.roles import ROLES, Part, Role
 from qrlora.errors import QrloraError, QrloraWarning
 from qrlora.formats import Adapter, read_adapter
@@ -78,10 +79,8 @@ def check_plan(config: BlendConfig, parts: dict[Role, Part], model: LoadedModel,
     Raises:
         QrloraError: a size the model cannot draw, a sweep of nothing, adapters that do not fit the model or each other.
     """
-    multiple = model.family.latent_multiple(model.pipeline)
-    for name, value in (("height", settings.height), ("width", settings.width)):
-        if value % multiple:
-            raise QrloraError(f"--{name} {value} must be a multiple of {multiple} for {model.model_id}.")
+    with named_as_options():
+        model.family.check_size(model.pipeline, settings.height, settings.width)
     trainings: dict[Role, TrainConfig] = {
         role: part.training for role, part in parts.items() if part.training is not None
     }
@@ -92,18 +91,45 @@ def check_plan(config: BlendConfig, parts: dict[Role, Part], model: LoadedModel,
             "shows nothing but its end."
         )
     given: dict[Role, list[Adapter]] = {role: [read_adapter(path) for path in parts[role].files] for role in ROLES}
-    _check_given([*given["content"], *given["style"]], model)
-    _check_layers(trainings, given, model)
+    in_parts = any(config.blocks(role) is not None for role in ROLES) or any(
+        training.adapter.blocks is not None for training in trainings.values()
+    )
+    _check_given([*given["content"], *given["style"]], model, equal_layers=not in_parts)
+    if in_parts:
+        _check_blocks(config, trainings, given, model)
+    else:
+        _check_layers(trainings, given, model)
     if config.method == "sum":
         _check_one_basis(trainings, given)
 
 
-def _check_given(adapters: list[Adapter], model: LoadedModel) -> None:
+def _check_blocks(
+    config: BlendConfig, trainings: dict[Role, TrainConfig], given: dict[Role, list[Adapter]], model: LoadedModel
+) -> None:
+    """Every role has layers in its blocks, and a sweep shows what is used."""
+    for role in ROLES:
+        blocks, training = config.blocks(role), trainings.get(role)
+        if blocks is None:
+            continue
+        for adapter in given[role]:
+            layers_in(blocks, adapter.layers)
+        if training is None:
+            continue
+        spec = training.adapter
+        layers_in(blocks, target_layers(model.denoiser, spec.target_modules, spec.blocks))
+        if config.sweep_steps is not None and spec.blocks != blocks:
+            raise QrloraError(
+                f"--sweep-steps shows whole adapters, but the {role} is trained on {spec.blocks} and used on {blocks}; "
+                "drop one of them."
+            )
+
+
+def _check_given(adapters: list[Adapter], model: LoadedModel, *, equal_layers: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QrloraWarning)  # said when they are attached
         for adapter in adapters:
-            check_fits(model.denoiser, adapter)
-    check_compatible(adapters)
+            check_fits_pipeline(model.pipeline, adapter)
+    check_compatible(adapters, equal_layers=equal_layers)
 
 
 def _check_layers(trainings: dict[Role, TrainConfig], given: dict[Role, list[Adapter]], model: LoadedModel) -> None:

@@ -45,6 +45,8 @@ class BlendConfig(BaseModel):
     """Hub id or local diffusers folder; none means the embedded base."""
     device: str | None = None
     """cpu, cuda, mps...; none means the best that is there."""
+    memory: Literal["6gb", "8gb", "12gb", "16gb", "24gb", "max"] | None = None
+    """For a card of that size: quantised and offloaded weights, recomputed activations, as far as the model needs."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the training and of every picture."""
 
@@ -56,6 +58,17 @@ class BlendConfig(BaseModel):
     """Weight of the content in merged.safetensors."""
     style_weight: float = 1.0
     """Weight of the style in merged.safetensors."""
+    content_blocks: str | None = None
+    """The part of the network the content may change, such as splitflux-content or b-lora-content: trained there alone,
+    unless its --content-config says adapter.blocks, and used there alone."""
+    style_blocks: str | None = None
+    """The part of the network the style may change, such as splitflux-style or b-lora-style."""
+    content_timesteps: tuple[float, float] | None = None
+    """Lowest and highest timestep at which the content acts, such as 500 1000 (early): trained there alone, unless its
+    --content-config says min_timestep or max_timestep, and used there alone. 0 is clean, 1000 pure noise. A merged file
+    cannot carry ranges and acts at all timesteps."""
+    style_timesteps: tuple[float, float] | None = None
+    """Lowest and highest timestep at which the style acts, such as 0 700 (late)."""
     method: str = "auto"
     """How the adapters are merged: auto, sum, concat..."""
     sweep_steps: int | None = Field(default=None, gt=0)
@@ -81,8 +94,11 @@ class BlendConfig(BaseModel):
     width: int | None = Field(default=None, gt=0)
     num_inference_steps: int | None = Field(default=None, gt=0)
     guidance_scale: float | None = Field(default=None, allow_inf_nan=False)
+    """As the model's own pipeline means it: distilled guidance (FLUX), or classifier-free guidance (SD3, SDXL)."""
     true_cfg_scale: float | None = Field(default=None, allow_inf_nan=False)
+    """Classifier-free guidance on FLUX; 1 is off."""
     negative_prompt: str | None = None
+    """What classifier-free guidance guides away from."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -95,6 +111,13 @@ class BlendConfig(BaseModel):
                 raise QrloraError(f"--{role}-config says how to train, but --{role}-adapter is trained already.")
         if self.sweep_steps is not None and self.content_adapter and self.style_adapter:
             raise QrloraError("--sweep-steps needs something to train, but both adapters are given; drop it.")
+        for name in ("content_timesteps", "style_timesteps"):
+            bounds: tuple[float, float] | None = getattr(self, name)
+            if bounds is not None and not 0 <= bounds[0] < bounds[1] <= 1000:
+                raise QrloraError(
+                    f"--{name.replace('_', '-')} {bounds[0]:g} {bounds[1]:g} is no range of timesteps; give two "
+                    "numbers from 0 (clean) to 1000 (pure noise), the lower one first."
+                )
         for name in ("content_weights", "style_weights", "sweep_weights"):
             weights: Weights = getattr(self, name)
             if not weights:
@@ -106,6 +129,15 @@ class BlendConfig(BaseModel):
             if not all(math.isfinite(weight) for weight in (value if isinstance(value, tuple) else (value,))):
                 raise QrloraError(f"--{name.replace('_', '-')} must be finite, such as 0.9.")
         return self
+
+    def blocks(self, role: Literal["content", "style"]) -> str | None:
+        """The part of the network of a role; all of it where None."""
+        return self.content_blocks if role == "content" else self.style_blocks
+
+    def timesteps(self) -> dict[str, tuple[float, float]]:
+        """Lowest and highest timestep of the roles that have a range."""
+        given = {"content": self.content_timesteps, "style": self.style_timesteps}
+        return {role: bounds for role, bounds in given.items() if bounds is not None}
 
     def adapters(self, role: Literal["content", "style"]) -> tuple[Path, ...]:
         """The files given for a role."""

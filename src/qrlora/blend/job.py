@@ -1,5 +1,6 @@
 """The blend itself: train what is not given, merge, lay pictures out, report."""
 
+import shlex
 import sys
 import time
 import warnings
@@ -17,12 +18,13 @@ from qrlora.blend.painter import Painter, choose_place, settings_of
 from qrlora.blend.provenance import has_chunk, save_picture
 from qrlora.blend.report import adapter_report, write_report
 from qrlora.blend.roles import ROLES, Part, Role, copy_file, fill_trainings, plan_parts, train_part
-from qrlora.blend.sheet import Cell, Grid, draw_sheet
+from qrlora.blend.sheet import Cell, Grid, draw_sheet, span
 from qrlora.blend.sweep import draw_sweep
+from qrlora.errors import QrloraError, QrloraWarning
 from qrlora.formats import Adapter, read_adapter
-from qrlora.merging import NormWarning, merge
-from qrlora.models import LoadedModel, load_pipeline
-from qrlora.training import TrainResult
+from qrlora.merging import WHOLE, NormWarning, merge, restricted
+from qrlora.models import LoadedModel
+from qrlora.training import TrainResult, load_for
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
     check_output(config)
     parts, prompt = plan_parts(config)
     with clock.phase("load"):
-        model = loaded if loaded is not None else _load(config)
-    settings = settings_of(config, model.defaults)
+        model = loaded if loaded is not None else _load(config, parts)
+    settings = settings_of(config, model.defaults, model.family)
     fill_trainings(parts, model)
     check_plan(config, parts, model, settings)
     painter = Painter(model, config.model, settings)
@@ -97,8 +99,10 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
         merged, note = _merge(config, adapters)
         files: dict[Role, Path] = {role: output / f"{role}.safetensors" for role in ROLES}
         for role in ROLES:
-            _write_role(parts[role], adapters[role], files[role])
+            _write_role(config, parts[role], adapters[role], files[role])
         merged_file = merged.save(output / "merged.safetensors")
+        if config.timesteps():
+            _warn_of_all_timesteps(config)
     attached: list[str] = []
     forget_pictures(output)
     _say(progress, "pictures")
@@ -117,6 +121,7 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
         with clock.phase("sweep"):
             sweep = draw_sweep(config, painter, parts, files, prompt)
     clock.finish()
+    made_by = f"{note}; acts at all timesteps" if config.timesteps() else note
     report = write_report(
         output / "report.json",
         seconds=clock.seconds,
@@ -128,11 +133,23 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
                 role: adapter_report(adapters[role], files[role], trained[role], parts[role].source, parts[role].prompt)
                 for role in ROLES
             },
-            "merged": adapter_report(merged, merged_file, None, note, prompt)
+            "merged": adapter_report(merged, merged_file, None, made_by, prompt)
             | {"weights": {"content": config.content_weight, "style": config.style_weight}},
         },
     )
     return BlendResult(files["content"], files["style"], merged_file, sheet, sweep, report, clock.seconds)
+
+
+def _warn_of_all_timesteps(config: BlendConfig) -> None:
+    weights = {"content": config.content_weight, "style": config.style_weight}
+    ranges = {role: f"@{span(bounds)}" for role, bounds in config.timesteps().items()}
+    given = [f"{config.output / role}.safetensors={weights[role]:g}{ranges.get(role, '')}" for role in ROLES]
+    warnings.warn(
+        f"{config.output / 'merged.safetensors'} acts at all timesteps, since a file cannot carry ranges; the merge "
+        f"within ranges is qrlora generate {' '.join(f'--adapter {shlex.quote(text)}' for text in given)}.",
+        QrloraWarning,
+        stacklevel=3,
+    )
 
 
 def forget_pictures(output: Path) -> None:
@@ -148,15 +165,29 @@ def _say(shown: bool, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _load(config: BlendConfig) -> LoadedModel:
+def _load(config: BlendConfig, parts: dict[Role, Part]) -> LoadedModel:
+    """The model, kept in memory as `config` or the trainings say.
+
+    Raises:
+        QrloraError: the trainings want different settings.
+    """
+    wanted = {part.training.memory for part in parts.values() if part.training is not None} - {None}
+    if config.memory is None and len(wanted) > 1:
+        told = " and ".join(sorted(map(str, wanted)))
+        raise QrloraError(
+            f"--content-config and --style-config ask for memory {told}; give one for both with --memory."
+        )
+    memory = config.memory or next(iter(wanted), None)
     device, dtype = choose_place(config.device)
-    return load_pipeline(config.model or starter.path(), dtype=dtype, device=device)
+    return load_for(memory, config.model or starter.path(), dtype=dtype, device=device)
 
 
 def _single(config: BlendConfig, part: Part) -> Adapter:
-    """The one adapter of a role; several given ones are merged at weight 1 each."""
+    """The one adapter of a role, on its blocks alone; several given ones are merged at weight 1 each."""
     adapters = [read_adapter(path) for path in part.files]
-    return adapters[0] if len(adapters) == 1 else merge(adapters, method=config.method)
+    adapter = adapters[0] if len(adapters) == 1 else merge(adapters, method=config.method)
+    blocks = config.blocks(part.role)
+    return adapter if blocks is None else restricted(adapter, blocks)
 
 
 def _merge(config: BlendConfig, adapters: dict[Role, Adapter]) -> tuple[Adapter, str]:
@@ -164,7 +195,10 @@ def _merge(config: BlendConfig, adapters: dict[Role, Adapter]) -> tuple[Adapter,
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         merged = merge(
-            [adapters[role] for role in ROLES], [config.content_weight, config.style_weight], method=config.method
+            [adapters[role] for role in ROLES],
+            [config.content_weight, config.style_weight],
+            method=config.method,
+            blocks=None if adapters["content"].layers.keys() == adapters["style"].layers.keys() else [WHOLE, WHOLE],
         )
     method = merged.header.method if merged.header is not None else config.method
     for entry in said:
@@ -174,20 +208,23 @@ def _merge(config: BlendConfig, adapters: dict[Role, Adapter]) -> tuple[Adapter,
     return merged, f"{method}" + "".join(f" ({reason.rstrip('.')})" for reason in reasons)
 
 
-def _write_role(part: Part, adapter: Adapter, file: Path) -> None:
-    """A single file is copied byte for byte, everything else written anew."""
-    if len(part.files) == 1 and part.files[0].is_file():
+def _write_role(config: BlendConfig, part: Part, adapter: Adapter, file: Path) -> None:
+    """A single file used whole is copied byte for byte, everything else written anew."""
+    whole = config.blocks(part.role) is None or adapter.layers.keys() == read_adapter(part.files[0]).layers.keys()
+    if len(part.files) == 1 and part.files[0].is_file() and whole:
         copy_file(part.files[0], file)
     else:
         adapter.save(file)
 
 
 def _draw(config: BlendConfig, painter: Painter, parts: dict[Role, Part], prompt: str, subtitle: str) -> Path:
-    """Every picture, saved one by one, then the sheet."""
-    folder, made = config.output / "pictures", list[str]()
+    """Every picture, saved one by one, then the sheet. The merged file's is without ranges of timesteps, as it is."""
+    folder, made, ranges = config.output / "pictures", list[str](), config.timesteps()
+    told = {role: f"at {span(bounds)}" for role, bounds in ranges.items()}
 
-    def paint(name: str, text: str, content: float, style: float) -> Image.Image:
-        picture = painter.paint(text, config.seed, {"content": content, "style": style})
+    def paint(name: str, text: str, content: float, style: float, *, ranged: bool = True) -> Image.Image:
+        weights = {"content": content, "style": style}
+        picture = painter.paint(text, config.seed, weights, ranges if ranged else None)
         painter.save(picture, folder / f"{name}.png")
         made.append(f"pictures/{name}.png")
         return picture.image
@@ -195,7 +232,7 @@ def _draw(config: BlendConfig, painter: Painter, parts: dict[Role, Part], prompt
     def cell(role: Role) -> Cell:
         text = parts[role].prompt or prompt
         weights = (1.0, 0.0) if role == "content" else (0.0, 1.0)
-        return Cell(paint(role, text, *weights), f"{role} alone", f'"{text}"')
+        return Cell(paint(role, text, *weights), f"{role} {told.get(role, 'alone')}", f'"{text}"')
 
     grid = Grid(
         pictures=[
@@ -205,7 +242,7 @@ def _draw(config: BlendConfig, painter: Painter, parts: dict[Role, Part], prompt
         column_labels=[f"{weight:g}" for weight in config.style_weights],
         row_title="content weight",
         column_title="style weight",
-        heading="merge",
+        heading=", ".join(["merge", *(f"{role} {text}" for role, text in told.items())]),
     )
     cells = [
         [Cell(parts[role].reference, f"{role} reference", parts[role].caption) for role in ROLES],
@@ -213,8 +250,8 @@ def _draw(config: BlendConfig, painter: Painter, parts: dict[Role, Part], prompt
         [
             Cell(paint("base", prompt, 0.0, 0.0), "base", f'"{prompt}"'),
             Cell(
-                paint("merged", prompt, config.content_weight, config.style_weight),
-                "merged",
+                paint("merged", prompt, config.content_weight, config.style_weight, ranged=False),
+                "merged at all timesteps" if ranges else "merged",
                 f"content {config.content_weight:g}, style {config.style_weight:g}",
             ),
         ],
@@ -225,7 +262,8 @@ def _draw(config: BlendConfig, painter: Painter, parts: dict[Role, Part], prompt
         (config.output / "style.safetensors", config.style_weight),
     ]
     path = config.output / "blend.png"
-    return save_picture(sheet, path, painter.sheet_provenance(path, prompt, config.seed, uses, made))
+    within = {config.output / f"{role}.safetensors": bounds for role, bounds in ranges.items()}
+    return save_picture(sheet, path, painter.sheet_provenance(path, prompt, config.seed, uses, made, within))
 
 
 def _subtitle(config: BlendConfig, model: LoadedModel, adapters: dict[Role, Adapter], note: str) -> str:

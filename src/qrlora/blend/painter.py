@@ -1,9 +1,10 @@
 """Pictures of a model with any of its attached adapters at any weights, each knowing how it was made."""
 
 import platform
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,18 @@ from torch import Tensor
 
 from qrlora import __version__, starter
 from qrlora.adapter import (
-    adapters_disabled,
-    attach_adapter,
+    ALL_TIMESTEPS,
+    TimestepRange,
+    adapters_by_timestep,
+    attach_to_pipeline,
     base_hash,
-    remove_adapter,
+    check_timesteps,
+    pipeline_adapters_disabled,
+    remove_from_pipeline,
     resolve_coefficients,
-    set_adapters,
+    set_pipeline_adapters,
     target_layers,
+    text_encoders_with,
 )
 from qrlora.blend.provenance import (
     AdapterUse,
@@ -34,7 +40,9 @@ from qrlora.blend.provenance import (
 )
 from qrlora.errors import QrloraError
 from qrlora.formats import Adapter, is_coefficients, read_adapter, read_coefficients, read_metadata
-from qrlora.models import GenerationDefaults, LoadedModel, load_pipeline
+from qrlora.models import Family, GenerationDefaults, LoadedModel
+from qrlora.training import load_for
+from qrlora.training.config import Memory
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
@@ -54,35 +62,55 @@ def choose_place(device: str | None) -> tuple[torch.device, torch.dtype]:
     return place, torch.bfloat16 if place.type == "cuda" else torch.float32
 
 
-def load_painter(model: str | None, device: str | None) -> "Painter":
+def load_painter(model: str | None, device: str | None, memory: Memory | None = None) -> "Painter":
     """A model ready to draw with its own settings.
 
     Args:
         model: hub id or local diffusers folder; None is the embedded base.
         device: see `choose_place`.
+        memory: settings for a card of some size, as in a training.
 
     Raises:
         QrloraError: a device or a model that is not there.
     """
     place, dtype = choose_place(device)
-    loaded = load_pipeline(model or starter.path(), dtype=dtype, device=place)
+    loaded = load_for(memory, model or starter.path(), dtype=dtype, device=place)
     return Painter(loaded, model, loaded.defaults)
 
 
-def settings_of(config: Any, defaults: GenerationDefaults) -> GenerationDefaults:
+def settings_of(config: Any, defaults: GenerationDefaults, family: Family) -> GenerationDefaults:
     """The model's generation settings with what `config` gives under the same names laid over them.
 
     Raises:
-        QrloraError: a value that is not valid, named as the option.
+        QrloraError: a value that is not valid, or means nothing for the family, named as the option.
     """
     given = {name: getattr(config, name, None) for name in GenerationDefaults.model_fields}
     given = {name: value for name, value in given.items() if value is not None}
     try:
-        return GenerationDefaults.model_validate(defaults.model_dump() | given)
+        settings = GenerationDefaults.model_validate(defaults.model_dump() | given)
     except ValidationError as error:
         problem = error.errors()[0]
         option = str(problem["loc"][0]).replace("_", "-")
         raise QrloraError(f"--{option} {problem['input']} is not valid: {problem['msg']}.") from error
+    with named_as_options():
+        family.check_settings(settings)
+    if given.get("negative_prompt") and not family.uses_negative(settings):
+        guide = family.guided_by
+        raise QrloraError(
+            f"--negative-prompt has no effect at a {guide} of {getattr(settings, guide)}; set "
+            f"--{guide.replace('_', '-')} above 1."
+        )
+    return settings
+
+
+@contextmanager
+def named_as_options() -> Iterator[None]:
+    """Turn `height=33 must be...`, as a family says it, into `--height 33 must be...`."""
+    try:
+        yield
+    except QrloraError as error:
+        name, _, rest = str(error).partition("=")
+        raise QrloraError(f"--{name.replace('_', '-')} {rest}") from error
 
 
 def library_versions() -> dict[str, str]:
@@ -91,13 +119,23 @@ def library_versions() -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class UsedAdapter:
+    """An adapter file in a picture, at its weight and, unless they are all, its timesteps."""
+
+    file: Path
+    sha256: str
+    weight: float
+    timesteps: TimestepRange | None = None
+
+
+@dataclass(frozen=True)
 class Picture:
-    """One generated picture, the adapters in it as (file, sha256, weight), and its prompt and seed."""
+    """One generated picture, the adapters in it, and its prompt and seed."""
 
     image: Image.Image
     prompt: str
     seed: int
-    adapters: tuple[tuple[Path, str, float], ...]
+    adapters: tuple[UsedAdapter, ...]
 
 
 @dataclass
@@ -105,7 +143,8 @@ class Painter:
     """Generates one picture at a time, so that each can be repeated to the last bit whatever else was made.
 
     Args:
-        loaded: the model; adapters are attached to its denoiser by `attach` and stay until `detach`.
+        loaded: the model; adapters are attached to it by `attach`, those of text encoders too, and stay until
+            `detach`.
         model: what the user called the model; None is the embedded base. Kept absolute where it is a folder.
         settings: size, steps, guidance.
     """
@@ -115,7 +154,8 @@ class Painter:
     settings: GenerationDefaults
     model_hash: str = field(init=False)
     _files: dict[str, tuple[Path, str]] = field(default_factory=dict[str, tuple[Path, str]], init=False)
-    _encoded: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]], init=False)
+    _encoded: dict[Any, dict[str, Tensor]] = field(default_factory=dict[Any, dict[str, Tensor]], init=False)
+    _against: dict[Any, dict[str, Tensor]] = field(default_factory=dict[Any, dict[str, Tensor]], init=False)
     _made: dict[Any, Picture] = field(default_factory=dict[Any, Picture], init=False)
 
     def __post_init__(self) -> None:
@@ -124,16 +164,17 @@ class Painter:
         self.model_hash = base_hash(denoiser, target_layers(denoiser, "auto"))
 
     def attach(self, name: str, path: Path) -> Adapter:
-        """Read an adapter file (or peft folder) and put it on the denoiser under `name`."""
+        """Read an adapter file (or peft folder) and put it on the model under `name`."""
         digest = file_hash(path)
         adapter = self._read(path)
-        attach_adapter(self.loaded.denoiser, adapter, name)
+        attach_to_pipeline(self.loaded.pipeline, adapter, name)
+        self.loaded.settle()
         self._files[name] = (path, digest)
         return adapter
 
     def detach(self, name: str) -> None:
         """Take an adapter off again."""
-        remove_adapter(self.loaded.denoiser, name)
+        remove_from_pipeline(self.loaded.pipeline, name)
         del self._files[name]
 
     def _read(self, path: Path) -> Adapter:
@@ -141,40 +182,85 @@ class Painter:
             return resolve_coefficients(read_coefficients(path), self.loaded.denoiser)
         return read_adapter(path)
 
-    def paint(self, prompt: str, seed: int, weights: Mapping[str, float]) -> Picture:
+    def paint(
+        self,
+        prompt: str,
+        seed: int,
+        weights: Mapping[str, float],
+        timesteps: Mapping[str, TimestepRange] | None = None,
+    ) -> Picture:
         """The picture of `prompt` with attached adapters at `weights`; weight 0 is the same as not there.
 
         Pictures asked for twice are made once.
+
+        Args:
+            prompt: what to show.
+            seed: of the noise it starts from.
+            weights: by the name an adapter was attached under.
+            timesteps: the lowest and highest timestep at which an adapter acts, 0 clean and 1000 pure noise; an
+                adapter that is not named acts at all of them. Its part in text encoders always acts: the prompt is read
+                once, for all timesteps.
+
+        Raises:
+            QrloraError: a weight that is not finite, or a range that is none.
         """
         used = {name: weight for name, weight in weights.items() if weight != 0}
-        adapters = tuple((*self._files[name], weight) for name, weight in used.items())
+        ranges = {
+            name: check_timesteps(bounds, str(self._files[name][0]))
+            for name, bounds in (timesteps or {}).items()
+            if name in used and bounds != ALL_TIMESTEPS
+        }
+        adapters = tuple(UsedAdapter(*self._files[name], used[name], ranges.get(name)) for name in used)
         key = (prompt, seed, adapters)
         if key not in self._made:
-            self._made[key] = Picture(self._generate(prompt, seed, used), prompt, seed, adapters)
+            self._made[key] = Picture(self._generate(prompt, seed, used, ranges), prompt, seed, adapters)
         return self._made[key]
 
-    def _generate(self, prompt: str, seed: int, weights: Mapping[str, float]) -> Image.Image:
+    def _acting(
+        self, weights: Mapping[str, float], ranges: Mapping[str, TimestepRange]
+    ) -> AbstractContextManager[None]:
+        """The adapters of one picture on the model."""
+        model = self.loaded
+        if not weights:
+            return pipeline_adapters_disabled(model.pipeline)
+        set_pipeline_adapters(model.pipeline, weights)
+        if ranges:
+            given = partial(model.family.given_timesteps, model.pipeline)
+            return adapters_by_timestep(model.denoiser, weights, ranges, given)
+        return nullcontext()
+
+    def _generate(
+        self, prompt: str, seed: int, weights: Mapping[str, float], ranges: Mapping[str, TimestepRange]
+    ) -> Image.Image:
         model, settings = self.loaded, self.settings
-        if weights:
-            set_adapters(model.denoiser, weights)
-        guided = settings.true_cfg_scale > 1
-        with nullcontext() if weights else adapters_disabled(model.denoiser):
+        # What a prompt is read as depends on these alone.
+        words = tuple((self._files[name][1], weights[name]) for name in text_encoders_with(model.pipeline, weights))
+        with self._acting(weights, ranges):
             return model.family.generate(
                 model.pipeline,
                 [prompt],
                 seeds=[seed],
-                conditioning=self._encode(prompt),
-                negative_conditioning=self._encode(settings.negative_prompt) if guided else None,
+                conditioning=self._encode(prompt, words),
+                negative_conditioning=self._encode_negative(words) if model.family.uses_negative(settings) else None,
                 **settings.model_dump(),
             )[0]
 
-    def _encode(self, prompt: str) -> dict[str, Tensor]:
-        if prompt not in self._encoded:
+    def _encode(self, prompt: str, words: Any) -> dict[str, Tensor]:
+        if (prompt, words) not in self._encoded:
             model = self.loaded
-            self._encoded[prompt] = model.family.encode_prompts(
+            self._encoded[prompt, words] = model.family.encode_prompts(
                 model.pipeline, [prompt], self.settings.max_sequence_length
             )
-        return self._encoded[prompt]
+        return self._encoded[prompt, words]
+
+    def _encode_negative(self, words: Any) -> dict[str, Tensor]:
+        prompt = self.settings.negative_prompt
+        if (prompt, words) not in self._against:
+            model = self.loaded
+            self._against[prompt, words] = model.family.encode_negative(
+                model.pipeline, prompt, self.settings.max_sequence_length
+            )
+        return self._against[prompt, words]
 
     def save(self, picture: Picture, path: Path) -> Path:
         """Write a picture as PNG with its provenance."""
@@ -189,8 +275,13 @@ class Painter:
             model=self.model,
             model_hash=self.model_hash,
             adapters=tuple(
-                AdapterUse(file=relative_to_picture(file, path), sha256=digest, weight=weight)
-                for file, digest, weight in picture.adapters
+                AdapterUse(
+                    file=relative_to_picture(used.file, path),
+                    sha256=used.sha256,
+                    weight=used.weight,
+                    timesteps=used.timesteps,
+                )
+                for used in picture.adapters
             ),
             settings=self.settings.model_dump(),
             device=str(denoiser.device.type),
@@ -199,16 +290,28 @@ class Painter:
         )
 
     def sheet_provenance(
-        self, path: Path, prompt: str, seed: int, adapters: Sequence[tuple[Path, float]], pictures: Sequence[str]
+        self,
+        path: Path,
+        prompt: str,
+        seed: int,
+        adapters: Sequence[tuple[Path, float]],
+        pictures: Sequence[str],
+        timesteps: Mapping[Path, TimestepRange] | None = None,
     ) -> SheetProvenance:
         """What stands in a sheet at `path`: the job, its adapter files, and where its single pictures are."""
+        ranges = timesteps or {}
         return SheetProvenance(
             prompt=prompt,
             seed=seed,
             model=self.model,
             model_hash=self.model_hash,
             adapters=tuple(
-                AdapterUse(file=relative_to_picture(file, path), sha256=file_hash(file), weight=weight)
+                AdapterUse(
+                    file=relative_to_picture(file, path),
+                    sha256=file_hash(file),
+                    weight=weight,
+                    timesteps=ranges.get(file),
+                )
                 for file, weight in adapters
             ),
             settings=self.settings.model_dump(),

@@ -25,6 +25,7 @@ class AdapterUse(BaseModel):
         file: path of the adapter, relative to the folder of the picture where that is possible.
         sha256: of the file's bytes (of a peft folder: of its weights file).
         weight: factor on its update; the picture was made with `W + weight * B A`.
+        timesteps: lowest and highest at which it acted, 0 clean and 1000 pure noise; None is all of them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,6 +33,7 @@ class AdapterUse(BaseModel):
     file: str
     sha256: str
     weight: float
+    timesteps: tuple[float, float] | None = None
 
 
 class Provenance(BaseModel):
@@ -77,7 +79,10 @@ class SheetProvenance(BaseModel):
 
 
 class SampleProvenance(BaseModel):
-    """What made a validation picture of a training: an adapter at `step` that was in memory, and maybe nowhere else."""
+    """What made a validation picture of a training: an adapter at `step` that was in memory, and maybe nowhere else.
+
+    Class pictures are of step 0: the base alone made them.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -86,6 +91,7 @@ class SampleProvenance(BaseModel):
     step: int
     model: str
     settings: dict[str, Any]
+    timesteps: tuple[float, float] | None = None
 
 
 Chunk = Provenance | SheetProvenance | SampleProvenance
@@ -134,6 +140,11 @@ def read_provenance(path: Path) -> Provenance:
             a training's validation.
     """
     chunk = read_chunk(path)
+    if isinstance(chunk, SampleProvenance) and chunk.step == 0:
+        raise QrloraError(
+            f"{path} is a class picture, drawn by the base of a training; qrlora generate --prompt {chunk.prompt!r} "
+            f"--seed {chunk.seed} with that training's model repeats it."
+        )
     if isinstance(chunk, SampleProvenance):
         raise QrloraError(
             f"{path} is a validation picture of a training at step {chunk.step}, which names no adapter file to repeat "

@@ -67,6 +67,7 @@ def write_report(
         "versions": library_versions(),
         "settings": painter.settings.model_dump(),
         "weights": {"content": config.content_weights, "style": config.style_weights},
+        "timesteps": {"content": config.content_timesteps, "style": config.style_timesteps},
         "seconds": seconds,
         "adapters": parts,
     }

@@ -92,7 +92,7 @@ def _plan(config: BlendConfig, role: Role) -> Part:
     except QrloraError as error:
         words = str(error).removeprefix("instance_data_dir: ").replace("instance_prompt", f"--{role}-prompt")
         raise QrloraError(f"--{role}: {words}") from error
-    picture = open_picture(first.path).rgb
+    picture = open_picture(first.name).rgb
     return Part(
         role,
         source=str(data),
@@ -132,6 +132,7 @@ def _train_config(config: BlendConfig, part: Part) -> TrainConfig:
         "learning_rate": config.learning_rate,
         "train_batch_size": config.train_batch_size,
         "checkpointing_steps": config.sweep_steps,
+        "memory": config.memory,
     }
     values: dict[str, Any] = {key: value for key, value in common.items() if value is not None} | {
         "instance_data_dir": str(part.data),
@@ -143,9 +144,22 @@ def _train_config(config: BlendConfig, part: Part) -> TrainConfig:
         "model": config.model,
     }
     more: Path | None = getattr(config, f"{part.role}_config")
-    if more is None:
-        return TrainConfig.parse(values, f"the {part.role} training")
-    return TrainConfig.from_yaml(more, values)
+    if more is not None and config.model is None:
+        named = TrainConfig.from_yaml(more, {key: value for key, value in values.items() if key != "model"}).model
+        if named is not None:
+            raise QrloraError(
+                f"{more} names the model {named}, but a blend is of one model and takes it from --model; add "
+                f"--model {named}."
+            )
+    training = (
+        TrainConfig.parse(values, f"the {part.role} training") if more is None else TrainConfig.from_yaml(more, values)
+    )
+    blocks, bounds = config.blocks(part.role), config.timesteps().get(part.role)
+    if blocks is not None and training.adapter.blocks is None:
+        training = training.with_defaults({"adapter": {"blocks": blocks}})
+    if bounds is not None and not {"min_timestep", "max_timestep"} & training.model_fields_set:
+        training = training.with_defaults({"min_timestep": bounds[0], "max_timestep": bounds[1]})
+    return training
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -44,6 +44,11 @@ class Grid:
     heading: str = ""
 
 
+def span(bounds: tuple[float, float]) -> str:
+    """A range of timesteps as it is typed after an adapter's weight: `500-1000`."""
+    return f"{bounds[0]:.10g}-{bounds[1]:.10g}"
+
+
 def cell_size(width: int, height: int) -> tuple[int, int]:
     """Size at which pictures are shown: whole multiples for small ones, 256 at most for large ones."""
     longest = max(width, height)

@@ -57,7 +57,9 @@ def draw_sweep(
     path = config.output / "sweep.png"
     used = dict.fromkeys(file for adapters in stages.values() for file in adapters.values())
     # at weight 1, which each column multiplies
-    chunk = painter.sheet_provenance(path, prompt, config.seed, [(file, 1.0) for file in used], made)
+    ranges = config.timesteps()
+    within = {adapters[role]: ranges[role] for adapters in stages.values() for role in ROLES if role in ranges}
+    chunk = painter.sheet_provenance(path, prompt, config.seed, [(file, 1.0) for file in used], made, within)
     return save_picture(sheet, path, chunk)
 
 
@@ -74,7 +76,7 @@ def _paint(
     alone = {role: parts[role].prompt or prompt for role in ROLES}
     text = prompt if name == "merge" else alone["content" if name == "content" else "style"]
     weights = {role: weight if name in (role, "merge") else 0.0 for role in ROLES}
-    picture = painter.paint(text, config.seed, weights)
+    picture = painter.paint(text, config.seed, weights, config.timesteps())
     made.append(f"pictures/sweep-{name}-{stage}-{weight:g}.png")
     painter.save(picture, config.output / made[-1])
     return picture.image

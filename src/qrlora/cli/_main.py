@@ -26,6 +26,7 @@ VERBS = {
     "export": "an adapter file of any tool, written for another one",
     "inspect": "what an adapter file or a picture says of itself",
     "basis": "compute the bases of a model once, for all later trainings",
+    "estimate": "how much memory a training will take, without loading anything",
     "config": "write or check training configurations",
 }
 

@@ -26,6 +26,8 @@ class BasisOptions(BaseModel):
     """auto, one regular expression for whole paths, or several names of layers."""
     seed: int = 0
     """Of the random basis."""
+    quantization: Literal["nf4", "int8", "fp8"] | None = None
+    """Of the weights that the trainings will load: their bases are others."""
     device: str | None = None
     """Where to compute; none means the best that is there."""
 
@@ -50,8 +52,12 @@ def run(arguments: Sequence[str]) -> None:
         target_modules=targets if len(targets) > 1 else targets[0],
     )
     device, dtype = choose_place(options.device)
-    loaded = load_pipeline(options.model or starter.path(), dtype=dtype)
-    denoiser = loaded.denoiser.to(device)
+    loaded = load_pipeline(
+        options.model or starter.path(), dtype=dtype, quantization=options.quantization, denoiser=False
+    )
+    loaded.release_encoders()
+    loaded.load_denoiser(device)
+    denoiser = loaded.denoiser
     cache, started, shown = BasisCache(), time.perf_counter(), time.perf_counter()
 
     def progress(done: int, total: int) -> None:

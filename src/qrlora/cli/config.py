@@ -81,14 +81,14 @@ def commented_config(command: str) -> str:
     from qrlora.training import TrainConfig
 
     lines = [f"# {command}", ""]
-    for path, comment, default, required in _fields(TrainConfig):
+    for path, comment, default, _ in _fields(TrainConfig):
         *sections, name = path
         indent = "  " * len(sections)
         lines += [f"{indent}# {line}" for line in wrap(comment, 116 - len(indent))]
         if default is _SECTION:
             lines.append(f"{indent}{name}:")
-        elif required:
-            lines.append(f"{indent}{name}: {_EXAMPLES.get(name, '')}".rstrip())
+        elif name in _EXAMPLES:
+            lines.append(f"{indent}{name}: {_EXAMPLES[name]}")
         else:
             shown = yaml.safe_dump(default, default_flow_style=True).removesuffix("...\n").strip()
             lines.append(f"{indent}{name}: {shown}")
@@ -122,8 +122,10 @@ def _fields(cls: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple
 
 
 def _comments(cls: type[BaseModel]) -> dict[str, str]:
-    """What each field is: the string under it, or its entry in the docstring of the class."""
-    found = {entry.arg_name: entry.description or "" for entry in parse_docstring(cls.__doc__ or "").params}
+    """What each field is: the string under it, or its entry in the docstring of the class, or of a parent."""
+    parent = cls.__base__
+    found = _comments(parent) if parent is not None and parent is not BaseModel else {}
+    found |= {entry.arg_name: entry.description or "" for entry in parse_docstring(cls.__doc__ or "").params}
     body = ast.parse(dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
     for statement, after in zip(body.body, body.body[1:], strict=False):

@@ -31,7 +31,7 @@ class ExportOptions(FileOptions):
     """Bring every layer to at most this rank (truncated SVD); the relative error is told."""
     save_dtype: Literal["fp32", "bf16"] = "fp32"
     allow_unmatched: bool = False
-    """Leave out keys that are not understood (text encoders, biases...) instead of refusing the file."""
+    """Leave out keys that are not understood (T5 encoders, biases...) instead of refusing the file."""
     overwrite: bool = False
     """Replace the output."""
 
@@ -64,7 +64,8 @@ def run(arguments: Sequence[str]) -> None:
         say(f"brought to rank {options.rank}: relative error {error:.3g} of the whole update")
     write_adapter(adapter, options.output, options.format, save_dtype=options.save_dtype, family=options.family)
     say(f"read as {recognised.layout.title}: {recognised.evidence}")
-    say(f"{len(recognised.matched)} keys matched, {len(recognised.unmatched)} left out, {len(adapter.layers)} layers")
+    layers = sum(len(part.layers) for part in adapter.components.values())
+    say(f"{len(recognised.matched)} keys matched, {len(recognised.unmatched)} left out, {layers} layers")
     for key in recognised.unmatched:
         say(f"left out: {shown(key)}")
     print(options.output)

@@ -1,9 +1,10 @@
 """`qrlora generate`: pictures with adapters at weights, or a picture of ours again."""
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,7 +20,8 @@ class GenerateOptions(BaseModel):
 
     prompt: str | None = None
     adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """FILE or FILE=WEIGHT; may be given several times."""
+    """FILE, FILE=WEIGHT or FILE=WEIGHT@LOW-HIGH, where it acts at timesteps from LOW to HIGH alone (0 is clean, 1000
+    pure noise); may be given several times."""
     output: Path = Path("picture.png")
     """The PNG file; several pictures are numbered."""
     overwrite: bool = False
@@ -35,16 +37,23 @@ class GenerateOptions(BaseModel):
     """Hub id or local diffusers folder; none means the embedded base."""
     device: str | None = None
     """cpu, cuda, mps...; none means the best that is there."""
+    memory: Literal["6gb", "8gb", "12gb", "16gb", "24gb", "max"] | None = None
+    """For a card of that size: quantised and offloaded weights, as far as the model needs. Pictures of quantised
+    weights differ."""
     height: int | None = Field(default=None, gt=0)
     """In pixels."""
     width: int | None = Field(default=None, gt=0)
     num_inference_steps: int | None = Field(default=None, gt=0)
     guidance_scale: float | None = Field(default=None, allow_inf_nan=False)
+    """As the model's own pipeline means it: distilled guidance (FLUX), or classifier-free guidance (SD3, SDXL)."""
     true_cfg_scale: float | None = Field(default=None, allow_inf_nan=False)
+    """Classifier-free guidance on FLUX; 1 is off."""
     negative_prompt: str | None = None
+    """What classifier-free guidance guides away from."""
     max_sequence_length: int | None = Field(default=None, gt=0)
 
 
+_RANGE = re.compile(r"(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)")
 _FIXED_BY_PICTURE = (
     "prompt",
     "adapter",
@@ -73,16 +82,18 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _generate(options: GenerateOptions, prompt: str, outputs: Sequence[Path]) -> None:
-    adapters = [split_weight(text) for text in options.adapter]
+    adapters = [split_adapter(text) for text in options.adapter]
     from qrlora.blend import load_painter, settings_of
 
-    painter = load_painter(options.model, options.device)
-    painter.settings = settings_of(options, painter.settings)
-    weights = {f"adapter_{index}": weight for index, (_, weight) in enumerate(adapters)}
-    for name, (file, _) in zip(weights, adapters, strict=True):
-        painter.attach(name, file)
+    painter = load_painter(options.model, options.device, options.memory)
+    painter.settings = settings_of(options, painter.settings, painter.loaded.family)
+    weights = {f"adapter_{index}": adapter.weight for index, adapter in enumerate(adapters)}
+    named = dict(zip(weights, adapters, strict=True))
+    timesteps = {name: adapter.timesteps for name, adapter in named.items() if adapter.timesteps is not None}
+    for name, adapter in named.items():
+        painter.attach(name, adapter.file)
     for index, path in enumerate(outputs):
-        print(painter.save(painter.paint(prompt, (options.seed or 0) + index, weights), path))
+        print(painter.save(painter.paint(prompt, (options.seed or 0) + index, weights, timesteps), path))
 
 
 def _repeat(options: GenerateOptions, source: Path) -> None:
@@ -105,7 +116,7 @@ def _repeat(options: GenerateOptions, source: Path) -> None:
     for file, use in files:
         if file_hash(file) != use.sha256:
             raise QrloraError(f"{file} has changed since {source} was made with it, so the picture cannot be repeated.")
-    painter = load_painter(options.model or _model_of_picture(made.model, source), options.device)
+    painter = load_painter(options.model or _model_of_picture(made.model, source), options.device, options.memory)
     if painter.model_hash != made.model_hash:
         raise QrloraError(
             f"{source} was made with another base model than {painter.loaded.model_id} (or in another precision than "
@@ -116,10 +127,13 @@ def _repeat(options: GenerateOptions, source: Path) -> None:
     except ValidationError as error:
         raise QrloraError(f"{source}: its settings are of another version of qrlora.") from error
     weights: dict[str, float] = {}
+    timesteps: dict[str, tuple[float, float]] = {}
     for index, (file, use) in enumerate(files):
         painter.attach(f"adapter_{index}", file)
         weights[f"adapter_{index}"] = use.weight
-    picture = painter.paint(made.prompt, made.seed, weights)
+        if use.timesteps is not None:
+            timesteps[f"adapter_{index}"] = use.timesteps
+    picture = painter.paint(made.prompt, made.seed, weights, timesteps)
     with Image.open(source) as image:
         extrema: Any = ImageChops.difference(image.convert("RGB"), picture.image.convert("RGB")).getextrema()
     difference = max(high for _, high in extrema)
@@ -143,21 +157,47 @@ def _model_of_picture(model: str | None, source: Path) -> str | None:
     return model
 
 
-def split_weight(text: str) -> tuple[Path, float]:
-    """`FILE=WEIGHT` or `FILE`, which weighs 1.
+class GivenAdapter(NamedTuple):
+    """What one `--adapter` says."""
+
+    file: Path
+    weight: float = 1.0
+    timesteps: tuple[float, float] | None = None
+
+
+def split_adapter(text: str) -> GivenAdapter:
+    """`FILE`, `FILE=WEIGHT`, `FILE@LOW-HIGH` or `FILE=WEIGHT@LOW-HIGH`; the weight is 1 where not given.
 
     Raises:
-        QrloraError: the weight is not a number.
+        QrloraError: the weight is not a number, or what follows the @ is not a range.
     """
     if Path(text).exists():
-        return Path(text), 1.0
-    file, equals, weight = text.rpartition("=")
-    if not equals:
-        return Path(text), 1.0
+        return GivenAdapter(Path(text))
+    rest, timesteps = _split_range(text)
+    file, equals, weight = rest.rpartition("=")
+    if not equals or Path(rest).exists():
+        return GivenAdapter(Path(rest), timesteps=timesteps)
     try:
-        return Path(file), float(weight)
+        return GivenAdapter(Path(file), float(weight), timesteps)
     except ValueError as error:
         raise QrloraError(f"--adapter {text}: {weight!r} is not a weight; write FILE=0.9.") from error
+
+
+def _split_range(text: str) -> tuple[str, tuple[float, float] | None]:
+    """What stands before the last @, and the range after it; an @ within the name of a file is no such sign."""
+    rest, at, typed = text.rpartition("@")
+    if not at:
+        return text, None
+    if match := _RANGE.fullmatch(typed):
+        low, high = float(match[1]), float(match[2])
+        if low <= high <= 1000:
+            return rest, (low, high)
+    elif not ("=" in rest or Path(rest).exists()):
+        return text, None
+    raise QrloraError(
+        f"--adapter {text}: {typed!r} is not a range of timesteps; write FILE=0.9@500-1000 (0 is clean, 1000 pure "
+        "noise)."
+    )
 
 
 def output_files(output: Path, count: int) -> list[Path]:

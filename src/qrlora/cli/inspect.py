@@ -73,12 +73,23 @@ def _adapter(options: InspectOptions) -> None:
         return _print(facts | _metadata(found), options.json_)
     adapter = import_adapter(options.file, base=base, allow_unmatched=True, **given).adapter
     norms = {name: pair.norm() for name, pair in adapter.layers.items()}
-    facts |= _summary(adapter, norms)
+    facts |= {"component": adapter.component} | _summary(adapter, norms)
+    companions = {
+        name: (companion, {layer: pair.norm() for layer, pair in companion.layers.items()})
+        for name, companion in adapter.companions.items()
+    }
+    facts["companions"] = {
+        name: _summary(*each) | (_own_facts(*each) if options.json_ else {}) for name, each in companions.items()
+    }
     if options.json_:
         return _print(facts | _everything(adapter, found, norms), as_json=True)
     _print(facts | _provenance(adapter, found) | {"unmatched": list(found.unmatched)}, as_json=False)
     print()
-    return _table(adapter, norms, options.layers)
+    ranks = {name: pair.rank for name, pair in adapter.layers.items()}
+    for name, (companion, theirs) in companions.items():
+        ranks |= {f"{name}.{layer}": pair.rank for layer, pair in companion.layers.items()}
+        norms |= {f"{name}.{layer}": norm for layer, norm in theirs.items()}
+    return _table(ranks, norms, options.layers)
 
 
 def _summary(adapter: "Adapter", norms: Mapping[str, float]) -> dict[str, Any]:
@@ -86,11 +97,10 @@ def _summary(adapter: "Adapter", norms: Mapping[str, float]) -> dict[str, Any]:
 
     ranks = sorted({pair.rank for pair in adapter.layers.values()})
     return {
-        "component": adapter.component,
         "layers": len(adapter.layers),
         "rank": ranks[0] if len(ranks) == 1 else ranks,
         "parameters": sum(pair.A.numel() + pair.B.numel() for pair in adapter.layers.values()),
-        "trained": trained_size(adapter),
+        "trained": trained_size(adapter.alone()),
         "update_norm": _total(norms.values()),
     }
 
@@ -138,15 +148,21 @@ def _coefficients(path: Path, everything: bool) -> dict[str, Any]:
 
 
 def _everything(adapter: "Adapter", found: "Recognised", norms: Mapping[str, float]) -> dict[str, Any]:
-    header = adapter.header
     return {
-        "header": header.model_dump(mode="json") if header is not None else None,
-        **(_metadata(found) if header is None else {}),
+        **_own_facts(adapter, norms),
+        **(_metadata(found) if adapter.header is None else {}),
+        "matched": dict(found.matched),
+        "unmatched": list(found.unmatched),
+    }
+
+
+def _own_facts(adapter: "Adapter", norms: Mapping[str, float]) -> dict[str, Any]:
+    """All that one component's adapter says of itself."""
+    return {
+        "header": adapter.header.model_dump(mode="json") if adapter.header is not None else None,
         "shapes": {name: list(pair.shape) for name, pair in adapter.layers.items()},
         "ranks": {name: pair.rank for name, pair in adapter.layers.items()},
         "norms": dict(norms),
-        "matched": dict(found.matched),
-        "unmatched": list(found.unmatched),
     }
 
 
@@ -158,15 +174,15 @@ def _metadata(found: "Recognised") -> dict[str, Any]:
     return facts
 
 
-def _table(adapter: "Adapter", norms: Mapping[str, float], every_layer: bool) -> None:
+def _table(ranks_of: Mapping[str, int], norms: Mapping[str, float], every_layer: bool) -> None:
     """Rank and Frobenius norm of the update, a line a block (or a layer), and the layer that gives most of it."""
     groups: dict[str, list[str]] = {}
-    for name in adapter.layers:
+    for name in ranks_of:
         groups.setdefault(name if every_layer else _block(name), []).append(name)
     width = max(len(group) for group in groups)
     print(f"{'layer' if every_layer else 'block':<{width}}  {'rank':>9}  {'|dW|':>9}  largest")
     for group, names in groups.items():
-        ranks = sorted({adapter.layers[name].rank for name in names})
+        ranks = sorted({ranks_of[name] for name in names})
         rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}..{ranks[-1]}"
         largest = max(names, key=lambda name: norms[name])
         rest = f"{largest.removeprefix(group).strip('.')} {norms[largest]:.4g}" if len(names) > 1 else ""
@@ -174,8 +190,13 @@ def _table(adapter: "Adapter", norms: Mapping[str, float], every_layer: bool) ->
 
 
 def _block(name: str) -> str:
-    """`transformer_blocks.0`, `down_blocks.1.attentions.0`: up to the last of the leading numbers."""
+    """`transformer_blocks.0`, `down_blocks.1.attentions.0`: up to the last of the leading numbers.
+
+    Of a text encoder, `text_encoder.text_model.encoder.layers.0`.
+    """
     parts = name.split(".")
+    if "layers" in parts:
+        return ".".join(parts[: parts.index("layers") + 2])
     if len(parts) > 3 and parts[1].isdigit() and parts[3].isdigit():
         return ".".join(parts[:4])
     return ".".join(parts[:2]) if len(parts) > 2 and parts[1].isdigit() else parts[0]

@@ -29,6 +29,9 @@ class MergeOptions(BaseModel):
     """One an adapter; all 1 where not given."""
     method: str = "auto"
     """auto (sum on one stored basis, else concat), sum, concat..."""
+    blocks: tuple[str, ...] = ()
+    """Which part of each adapter is meant, one an adapter: all, a preset (b-lora-content, splitflux-style...), a range
+    such as single_transformer_blocks.10-37, or a regular expression for the beginning of layer paths."""
     normalize: bool = False
     """First scale every adapter to the geometric mean of their norms, so that the weights alone say how strong each
     is."""
@@ -53,14 +56,21 @@ def run(arguments: Sequence[str]) -> None:
     from qrlora.formats import write_peft_folder
     from qrlora.merging import merge, norm_ratio
 
-    merged = merge(_read(options), options.weights or None, options.method, normalize=options.normalize)
+    merged = merge(
+        _read(options),
+        options.weights or None,
+        options.method,
+        blocks=options.blocks or None,
+        normalize=options.normalize,
+    )
     if as_file:
         merged.save(options.output, save_dtype=options.save_dtype)
     else:
         write_peft_folder(merged, options.output, save_dtype=options.save_dtype)
     rank = max(pair.rank for pair in merged.layers.values())
     method = merged.header.method if merged.header is not None else options.method
-    say(f"{len(options.adapters)} adapters merged by {method}: rank {rank}, {len(merged.layers)} layers")
+    words = "".join(f", {len(part.layers)} of the {name}" for name, part in merged.companions.items())
+    say(f"{len(options.adapters)} adapters merged by {method}: rank {rank}, {len(merged.layers)} layers{words}")
     parts = merged.header.merged_from or [] if merged.header is not None else []
     sizes = [abs(part["weight"]) * part["norm"] * part.get("scale", 1.0) for part in parts]
     ratio = norm_ratio(sizes)

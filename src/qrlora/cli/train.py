@@ -10,8 +10,8 @@ from qrlora.errors import QrloraError
 USAGE = """usage: qrlora train [CONFIG.yaml] [--any.key value ...]
 
 Every key of the configuration is an option too and wins over the file: --max_train_steps 500 --adapter.rank 16
-(or --max-train-steps). A key alone means true. Needed: instance_data_dir and output_dir, and an instance_prompt for
-pictures without captions. `qrlora config init` writes a commented configuration.
+(or --max-train-steps). A key alone means true. Needed: instance_data_dir (or dataset_name) and output_dir, and an
+instance_prompt for pictures without captions. `qrlora config init` writes a commented configuration.
 """
 
 

@@ -1,172 +1,134 @@
-"""A picture or a folder of them, with captions and masks, as training examples."""
+"""Pictures that are not read yet, and pictures cut to the size that is trained on."""
 
-import json
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from qrlora.data._pictures import SUFFIXES, open_mask, open_picture, square
+from qrlora.data._buckets import nearest_size
+from qrlora.data._pictures import Picture, Window, window
 from qrlora.errors import QrloraError
 
-MASK_SUFFIX = ".mask.png"
-METADATA = "metadata.jsonl"
-_MASK_LIKE = re.compile(r".+\.mask\.[^.]+", re.IGNORECASE)
-CAPTION_KEYS = ("text", "caption", "prompt")
-MAX_CAPTION_BYTES = 1 << 16
+_DRAWS = 100
+
+
+@dataclass(frozen=True)
+class Source:
+    """A picture that is not read yet: what sentences call it, its caption, and how to read it."""
+
+    name: str
+    caption: str
+    read: Callable[[], Picture]
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How pictures are cut.
+
+    Attributes:
+        sizes: heights and widths in pixels; each picture goes to the one nearest to it by aspect ratio.
+        crops: how many crops of each picture are drawn at random; 0 is one, from the centre.
+        seed: of those draws.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    crops: int = 0
+    seed: int = 0
+
+    @property
+    def count(self) -> int:
+        """Crops of each picture."""
+        return max(1, self.crops)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training picture.
+    """One crop of a training picture.
 
     Attributes:
-        path: the file it came from.
-        pixels: `[3, resolution, resolution]`, fp32 in [-1, 1].
-        mask: `[1, resolution, resolution]`, fp32 in [0, 1], the weight of the loss; None weights everything alike.
+        name: the file, or the row of the data set, that it came from.
+        pixels: `[3, height, width]`, fp32 in [-1, 1].
+        mask: `[1, height, width]`, fp32 in [0, 1], the weight of the loss; None weights everything alike.
         caption: its prompt.
+        original_size: height and width in pixels of the upright picture it was cut from.
+        crop_top_left: row and column of its corner in that picture, once resampled.
+        crop_right: columns to its right there: `crop_top_left` of the mirrored picture has them.
     """
 
-    path: Path
+    name: str
     pixels: Tensor
     mask: Tensor | None
     caption: str
+    original_size: tuple[int, int]
+    crop_top_left: tuple[int, int]
+    crop_right: int
+
+    def mirrored(self) -> "Example":
+        """The same crop of the picture mirrored left to right."""
+        top, left = self.crop_top_left
+        return replace(
+            self,
+            pixels=self.pixels.flip(-1),
+            mask=None if self.mask is None else self.mask.flip(-1),
+            crop_top_left=(top, self.crop_right),
+            crop_right=left,
+        )
 
 
-def load_examples(path: str | Path, instance_prompt: str | None, resolution: int) -> list[Example]:
-    """Read one picture, or every picture of a folder (not of its subfolders) in the order of the names.
+def frame(sources: Iterable[Source], framing: Framing) -> Iterator[Example]:
+    """Read and cut picture after picture, `framing.count` crops of each one after another.
 
-    The caption is the first found of: the same-stem `.txt` file, the picture's line in the folder's `metadata.jsonl`
-    (`{"file_name": ..., "text": ...}`), `instance_prompt`. The mask is `NAME.mask.png` beside `NAME.png`, else the
-    picture's own alpha channel. Pictures are turned upright (EXIF), laid on white, cropped to the centred square and
-    resampled.
-
-    Args:
-        path: a picture file or a folder.
-        instance_prompt: the caption of pictures that have none of their own.
-        resolution: pixels of a side.
-
-    Raises:
-        QrloraError: nothing there, no picture, a picture without caption, an unreadable or absurdly large file (named),
-            a mask of another size or without a white pixel, a broken `metadata.jsonl` (with the line).
-    """
-    files = picture_files(path)
-    listed = _metadata(files[0].parent / METADATA)
-    return [_example(file, listed.get(file.name), instance_prompt, resolution) for file in files]
-
-
-def picture_files(path: str | Path) -> list[Path]:
-    """The picture itself, or a folder's pictures by name, without masks and hidden files.
+    Random crops are a function of the seed, the picture's place among `sources` and the crop's number, and of its mask:
+    a crop that misses the mask is drawn again.
 
     Raises:
-        QrloraError: nothing there, or a folder without pictures.
+        QrloraError: an unreadable or absurdly large picture, a mask of another size than its picture's or without
+            anything white where the picture is cut.
     """
-    path = Path(path)
-    if path.is_file():
-        _refuse_stray_masks(path.parent, [path], f"{path.stem}.mask.".lower())
-        return [path]
-    if not path.is_dir():
-        raise QrloraError(f"instance_data_dir: there is no picture or folder {path}.")
-    files = sorted(file for file in path.iterdir() if _is_picture(file))
-    if not files:
-        raise QrloraError(f"instance_data_dir: {path} holds no picture ({', '.join(SUFFIXES)}).")
-    _refuse_stray_masks(path, files)
-    return files
+    for number, source in enumerate(sources):
+        picture = source.read()
+        width, height = picture.rgb.size
+        target = nearest_size((height, width), framing.sizes)
+        if not framing.crops:
+            yield _cut(source, picture, window((width, height), target))
+        for crop in range(framing.crops):
+            yield _cut(source, picture, _drawn(picture, target, f"{framing.seed}/{number}/{crop}"))
 
 
-def _refuse_stray_masks(folder: Path, pictures: list[Path], start: str = "") -> None:
-    """A mask that would silently go unused."""
-    masks = {picture.stem + MASK_SUFFIX for picture in pictures}
-    for file in sorted(folder.iterdir()):
-        name = file.name
-        looks = _MASK_LIKE.fullmatch(name) and name.lower().startswith(start) and not name.startswith(".")
-        if looks and name not in masks and file not in pictures and file.is_file():
-            raise QrloraError(
-                f"{file} is named like a mask, but is no NAME{MASK_SUFFIX} of a picture there; rename or remove it."
-            )
+def _drawn(picture: Picture, target: tuple[int, int], seed: str) -> Window:
+    """A window at random, drawn again where it misses the picture's mask."""
+    draws = random.Random(seed)
+    for _ in range(_DRAWS):
+        part = window(picture.rgb.size, target, (draws.random(), draws.random()))
+        if picture.mask is None or part.cut(picture.mask).getbbox():
+            return part
+    raise QrloraError(
+        f"{picture.mask_name}: {_DRAWS} crops of that picture found nothing white in the mask; make the masked part "
+        "larger, or set center_crop: true."
+    )
 
 
-def _is_picture(file: Path) -> bool:
-    name = file.name.lower()
-    return name.endswith(SUFFIXES) and not _MASK_LIKE.fullmatch(name) and not name.startswith(".") and file.is_file()
+def _cut(source: Source, picture: Picture, part: Window) -> Example:
+    width, height = picture.rgb.size
+    across, down = part.target[1] / part.width, part.target[0] / part.height
+    pixels = torch.from_numpy(np.array(part.cut(picture.rgb))).permute(2, 0, 1).float() / 127.5 - 1.0
+    return Example(
+        name=source.name,
+        pixels=pixels.contiguous(),
+        mask=None if picture.mask is None else _weight(part.cut(picture.mask), picture.mask_name),
+        caption=source.caption,
+        original_size=(height, width),
+        crop_top_left=(round(part.top * down), round(part.left * across)),
+        crop_right=round((width - part.left - part.width) * across),
+    )
 
 
-def _example(file: Path, listed: str | None, instance_prompt: str | None, resolution: int) -> Example:
-    picture = open_picture(file)
-    mask, source = picture.mask, file
-    beside = file.with_name(file.stem + MASK_SUFFIX)
-    if beside.is_file():
-        mask, source = open_mask(beside, picture.rgb.size), beside
-    pixels = torch.from_numpy(np.array(square(picture.rgb, resolution))).permute(2, 0, 1).float() / 127.5 - 1.0
-    weight = None if mask is None else _weight(mask, resolution, source)
-    return Example(file, pixels.contiguous(), weight, _caption(file, listed, instance_prompt))
-
-
-def _weight(mask: Image.Image, resolution: int, source: Path) -> Tensor | None:
-    weight = torch.from_numpy(np.array(square(mask, resolution))).float()[None] / 255.0
+def _weight(mask: Image.Image, name: str) -> Tensor | None:
+    weight = torch.from_numpy(np.array(mask)).float()[None] / 255.0
     if not weight.any():
-        raise QrloraError(
-            f"{source}: the mask has nothing white within the centred square, so nothing would be learned."
-        )
+        raise QrloraError(f"{name}: the mask has nothing white within the centred crop, so nothing would be learned.")
     return None if bool((weight == 1.0).all()) else weight
-
-
-def _caption(file: Path, listed: str | None, instance_prompt: str | None) -> str:
-    text = file.with_suffix(".txt")
-    if text.is_file():
-        return _read_caption(text)
-    caption = listed if listed is not None else instance_prompt
-    if caption is None or not caption.strip():
-        raise QrloraError(
-            f"{file} has no caption; give instance_prompt, a file {text.name} beside it, or a line in {METADATA}."
-        )
-    return caption.strip()
-
-
-def _read_caption(file: Path) -> str:
-    if file.stat().st_size > MAX_CAPTION_BYTES:
-        raise QrloraError(f"{file} is too large for a caption ({file.stat().st_size} bytes).")
-    try:
-        caption = " ".join(file.read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        raise QrloraError(f"{file} is not UTF-8 text; save the caption as UTF-8.") from error
-    if not caption:
-        raise QrloraError(f"{file} is empty; write the caption into it or remove it.")
-    return caption
-
-
-def _metadata(file: Path) -> Mapping[str, str]:
-    """File name to caption, from one JSON object a line."""
-    if not file.is_file():
-        return {}
-    captions: dict[str, str] = {}
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise QrloraError(f"{file} is not UTF-8 text.") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            name, caption = _metadata_line(file, number, line)
-            if name in captions:
-                raise QrloraError(f"{file}, line {number}: a second caption for {name}; keep one.")
-            captions[name] = caption
-    return captions
-
-
-def _metadata_line(file: Path, number: int, line: str) -> tuple[str, str]:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise QrloraError(f"{file}, line {number} is not JSON ({error}).") from error
-    name = entry.get("file_name") if isinstance(entry, dict) else None
-    caption = next((entry[key] for key in CAPTION_KEYS if key in entry), None) if isinstance(entry, dict) else None
-    if not isinstance(name, str) or not isinstance(caption, str) or not caption.strip():
-        raise QrloraError(f'{file}, line {number} must be {{"file_name": "NAME.png", "text": "a caption"}}.')
-    if Path(name).name != name or not (file.parent / name).is_file():
-        raise QrloraError(f"{file}, line {number} names {name}, which is no file of that folder.")
-    return name, caption

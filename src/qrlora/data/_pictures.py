@@ -1,5 +1,6 @@
 """One picture file: read with bounds, upright, on white, its alpha kept as a mask."""
 
+import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,12 @@ MAX_FILE_BYTES = 512 * 2**20
 
 @dataclass(frozen=True)
 class Picture:
-    """`rgb` on white, upright; `mask` (mode `L`, same size) where the file has transparency, else None."""
+    """`rgb` on white, upright; `mask` (mode `L`, same size) where there is one or the file has transparency, else None;
+    `mask_name` is what sentences call the mask."""
 
     rgb: Image.Image
     mask: Image.Image | None
+    mask_name: str = ""
 
 
 def open_picture(path: str | Path) -> Picture:
@@ -30,8 +33,19 @@ def open_picture(path: str | Path) -> Picture:
     Raises:
         QrloraError: no file, not a picture of a known format, truncated, or above `MAX_PIXELS` or `MAX_FILE_BYTES`.
     """
-    path = Path(path)
-    image = _decode(path)
+    return _on_white(_open(Path(path)), str(path))
+
+
+def decode_picture(content: bytes, name: str) -> Picture:
+    """The same for a picture in memory, which sentences call `name`.
+
+    Raises:
+        QrloraError: as `open_picture`.
+    """
+    return _on_white(_decode(io.BytesIO(content), len(content), name), name)
+
+
+def _on_white(image: Image.Image, name: str) -> Picture:
     if not image.has_transparency_data:
         return Picture(_eight_bit(image).convert("RGB"), None)
     rgba = image.convert("RGBA")
@@ -39,12 +53,12 @@ def open_picture(path: str | Path) -> Picture:
     if alpha.getextrema() == (255, 255):
         return Picture(rgba.convert("RGB"), None)
     white = Image.new("RGBA", rgba.size, "white")
-    return Picture(Image.alpha_composite(white, rgba).convert("RGB"), alpha)
+    return Picture(Image.alpha_composite(white, rgba).convert("RGB"), alpha, name)
 
 
 def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
     """A mask picture, white where the loss counts; `size` is that of the upright picture it belongs to."""
-    mask = _eight_bit(_decode(path)).convert("L")
+    mask = _eight_bit(_open(path)).convert("L")
     if mask.size != size:
         raise QrloraError(
             f"{path} is {_size(mask.size)}, but its picture is {_size(size)}; a mask has its picture's size."
@@ -52,43 +66,76 @@ def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
     return mask
 
 
-def square(image: Image.Image, resolution: int) -> Image.Image:
-    """The centred square, resampled once (Lanczos) to `resolution` x `resolution` pixels.
+@dataclass(frozen=True)
+class Window:
+    """What is cut out of a picture, in its pixels, and the `target` (height, width) that it is resampled to."""
 
-    Cropping comes first, so that a very long picture never becomes a very large one.
+    left: int
+    top: int
+    width: int
+    height: int
+    target: tuple[int, int]
+
+    def cut(self, image: Image.Image) -> Image.Image:
+        """Cut, then resample once (Lanczos).
+
+        Cutting comes first, so that a very long picture never becomes a very large one.
+        """
+        part = image.crop((self.left, self.top, self.left + self.width, self.top + self.height))
+        height, width = self.target
+        return part.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def window(size: tuple[int, int], target: tuple[int, int], at: tuple[float, float] | None = None) -> Window:
+    """The largest window of the target's ratio.
+
+    Args:
+        size: width and height of the picture, as Pillow has them.
+        target: height and width in pixels.
+        at: how much of the room lies left of it and above it, each in [0, 1); None is the centre.
     """
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    centre = image.crop((left, top, left + side, top + side))
-    return centre.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    (width, height), (target_height, target_width) = size, target
+    across = max(1, min(width, (height * target_width + target_height // 2) // target_height))
+    down = max(1, min(height, (width * target_height + target_width // 2) // target_width))
+    left, top = (width - across) // 2, (height - down) // 2
+    if at is not None:
+        left, top = int(at[0] * (width - across + 1)), int(at[1] * (height - down + 1))
+    return Window(left, top, across, down, target)
 
 
-def _decode(path: Path) -> Image.Image:
+def square(image: Image.Image, resolution: int) -> Image.Image:
+    """The centred square, resampled to `resolution` x `resolution` pixels."""
+    return window(image.size, (resolution, resolution)).cut(image)
+
+
+def _open(path: Path) -> Image.Image:
     if not path.is_file():
         raise QrloraError(f"there is no picture {path}.")
-    size = path.stat().st_size
+    return _decode(path, path.stat().st_size, str(path))
+
+
+def _decode(source: Path | io.BytesIO, size: int, name: str) -> Image.Image:
     if size > MAX_FILE_BYTES:
         raise QrloraError(
-            f"{path} has {size / 2**20:.0f} MiB, above the limit of {MAX_FILE_BYTES // 2**20} MiB; shrink it."
+            f"{name} has {size / 2**20:.0f} MiB, above the limit of {MAX_FILE_BYTES // 2**20} MiB; shrink it."
         )
     try:
         with warnings.catch_warnings():
             # Pillow's own size warning would come before the check below, which is stricter and names the file.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(source, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise _too_large(path, _size(image.size))
+                    raise _too_large(name, _size(image.size))
                 image.load()
                 return ImageOps.exif_transpose(image)
     except Image.DecompressionBombError as error:
-        raise _too_large(path, "far larger") from error
+        raise _too_large(name, "far larger") from error
     except QrloraError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         detail = "it is not one of " + ", ".join(FORMATS) if isinstance(error, Image.UnidentifiedImageError) else detail
-        raise QrloraError(f"{path} is no readable picture ({detail}); replace or remove it.") from error
+        raise QrloraError(f"{name} is no readable picture ({detail}); replace or remove it.") from error
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -103,5 +150,5 @@ def _size(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]} pixels"
 
 
-def _too_large(path: Path, size: str) -> QrloraError:
-    return QrloraError(f"{path} is {size}, above the limit of {MAX_PIXELS // 2**20} million pixels; scale it down.")
+def _too_large(name: str, size: str) -> QrloraError:
+    return QrloraError(f"{name} is {size}, above the limit of {MAX_PIXELS // 2**20} million pixels; scale it down.")

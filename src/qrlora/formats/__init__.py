@@ -1,6 +1,16 @@
 """Adapter files in and out: our native file, which is diffusers', and those of peft, kohya, ComfyUI and others."""
 
-from qrlora.formats._adapter import Adapter, Component, Header, LowRank, SaveDtype, check_weight, same_weight
+from qrlora.formats._adapter import (
+    DENOISERS,
+    TEXT_ENCODERS,
+    Adapter,
+    Component,
+    Header,
+    LowRank,
+    SaveDtype,
+    check_weight,
+    same_weight,
+)
 from qrlora.formats._atomic import atomic_write
 from qrlora.formats._base import weight_source
 from qrlora.formats._coefficients import (
@@ -11,6 +21,7 @@ from qrlora.formats._coefficients import (
     read_coefficients,
     write_coefficients,
 )
+from qrlora.formats._encoders import STEM as CLIP_STEM
 from qrlora.formats._import import Imported, Recognised, import_adapter, open_adapter, recognise
 from qrlora.formats._layout import WeightSource, format_names, register_layout
 from qrlora.formats._native import read_native, write_native
@@ -24,6 +35,9 @@ from qrlora.formats.layouts import load_layouts
 load_layouts()
 
 __all__ = [
+    "CLIP_STEM",
+    "DENOISERS",
+    "TEXT_ENCODERS",
     "Adapter",
     "Coefficients",
     "CoefficientsFile",

@@ -1,4 +1,4 @@
-"""An adapter as data: one low-rank pair a layer, and where it came from."""
+"""An adapter as data: one low-rank pair a layer, where it came from, and the text encoders' adapters beside it."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,10 @@ from torch import Tensor
 
 from qrlora.errors import QrloraError
 
-Component = Literal["transformer", "unet"]
+Component = Literal["transformer", "unet", "text_encoder", "text_encoder_2"]
+DENOISERS: tuple[Component, ...] = ("transformer", "unet")
+TEXT_ENCODERS: tuple[Component, ...] = ("text_encoder", "text_encoder_2")
+"""Components whose adapters go along with a denoiser's, by the pipelines' names: those that may be a CLIP encoder."""
 SaveDtype = Literal["fp32", "bf16"]
 FORMAT_VERSION = 1
 
@@ -91,16 +94,21 @@ class Adapter:
     """A whole adapter: its layers by module path inside the denoiser, and its header where it has one.
 
     Attributes:
-        layers: module path (`transformer_blocks.0.attn.to_q`) to factors.
+        layers: module path (`transformer_blocks.0.attn.to_q`) to factors; of a CLIP encoder always with the part
+            `text_model.` (`text_model.encoder.layers.0.self_attn.q_proj`), which some versions of transformers leave
+            out.
         header: provenance, or None for a LoRA of another tool.
         component: the pipeline component it belongs to.
         own: module path to further tensors by key, for forms that are more than `W + B A`; see `check_low_rank`.
+        companions: adapters of text encoders that were trained together with this one, by component. Each is an
+            adapter with a header of its own, low-rank, and without companions.
     """
 
     layers: Mapping[str, LowRank]
     header: Header | None = None
     component: Component = "transformer"
     own: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict[str, Mapping[str, Tensor]])
+    companions: "Mapping[Component, Adapter]" = field(default_factory=dict[Component, "Adapter"])
     # Where a file was read, so that messages can name it; no part of the adapter's value.
     source: str | None = field(default=None, compare=False)
 
@@ -109,6 +117,26 @@ class Adapter:
             raise QrloraError(f"{self.label} has no layers.")
         for name, pair in self.layers.items():
             check_pair(name, pair)
+        for component, companion in self.companions.items():
+            self._check_companion(component, companion)
+
+    def _check_companion(self, component: Component, companion: "Adapter") -> None:
+        if component not in TEXT_ENCODERS or component == self.component:
+            raise QrloraError(f"{self.label} cannot have an adapter of {component} beside that of {self.component}.")
+        if companion.component != component or companion.companions or companion.own:
+            raise QrloraError(
+                f"{self.label}: the adapter of {component} is one of {companion.component}, has companions of its own "
+                "or is more than W + B A."
+            )
+
+    @property
+    def components(self) -> "dict[Component, Adapter]":
+        """This adapter without its companions, and these, by the component each belongs to."""
+        return {self.component: self.alone(), **self.companions}
+
+    def alone(self) -> "Adapter":
+        """This adapter without its companions."""
+        return replace(self, companions={}) if self.companions else self
 
     @property
     def label(self) -> str:
@@ -135,8 +163,24 @@ class Adapter:
             why = BEYOND_LORA.get(self.form or "", "it is more than W + B A")
             raise QrloraError(f"{self.label} is a {self.form} adapter and cannot be {action}, since {why}.")
 
+    def check_alone(self, action: str, way: str) -> None:
+        """Refuse an adapter with companions, where they would be lost.
+
+        Args:
+            action: what cannot be done, such as "written as a peft folder".
+            way: what to do instead.
+
+        Raises:
+            QrloraError: names the components.
+        """
+        if self.companions:
+            raise QrloraError(
+                f"{self.label} cannot be {action}, since its adapter of {' and '.join(self.companions)} would be lost; "
+                f"{way}."
+            )
+
     def scaled(self, weight: float) -> "Adapter":
-        """The adapter times `weight`, which goes into the trained factor, so the basis stays as it is.
+        """The adapter and its companions times `weight`, which goes into the trained factor, so bases stay as they are.
 
         Raises:
             QrloraError: `weight` is not finite.
@@ -147,7 +191,8 @@ class Adapter:
             name: LowRank(pair.B, pair.A * weight) if trained == "A" else LowRank(pair.B * weight, pair.A)
             for name, pair in self.layers.items()
         }
-        return replace(self, layers=layers)
+        companions = {name: companion.scaled(weight) for name, companion in self.companions.items()}
+        return replace(self, layers=layers, companions=companions)
 
     def save(self, path: str | Path, *, save_dtype: SaveDtype = "fp32", coefficients_only: bool = False) -> Path:
         """Write the native file: a vanilla diffusers LoRA with our header key; see `write_native`.

@@ -3,6 +3,7 @@
 import os
 import secrets
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from qrlora.errors import QrloraError
@@ -33,8 +34,10 @@ def atomic_write(path: str | Path, content: str | bytes | Iterable[bytes | memor
                 stream.close()
                 os.replace(temporary, target)
             except BaseException:
-                # Also for Ctrl-C: whatever interrupts, no half file stays.
-                stream.close()
+                # Also for Ctrl-C: whatever interrupts, no half file stays. Closing flushes, which a full disk refuses
+                # once more; the first refusal is the one to tell.
+                with suppress(OSError):
+                    stream.close()
                 temporary.unlink()
                 raise
     except OSError as error:

@@ -10,8 +10,10 @@ from torch import Tensor
 from qrlora.basis import fingerprint
 from qrlora.errors import QrloraError
 from qrlora.formats._adapter import Adapter, Component, Header, SaveDtype, check_finite
-from qrlora.formats._native import cast_to_save, checked_path, header_metadata, natural_key, read_header
+from qrlora.formats._factors import natural_key
+from qrlora.formats._header import header_metadata, read_header
 from qrlora.formats._safetensors import read_safetensors, write_safetensors
+from qrlora.formats._saving import cast_to_save, checked_path
 
 KIND_KEY = "qrlora_kind"
 _KIND = "coefficients"
@@ -58,6 +60,7 @@ def write_coefficients(adapter: Adapter, path: str | Path, *, save_dtype: SaveDt
     """
     target = checked_path(path)
     adapter.check_low_rank("saved as coefficients only")
+    adapter.check_alone("saved as coefficients only", "save it whole")
     header = adapter.header
     if header is None or header.basis is None or header.side is None or header.merged_from is not None:
         raise QrloraError(
@@ -69,7 +72,7 @@ def write_coefficients(adapter: Adapter, path: str | Path, *, save_dtype: SaveDt
         trained = pair.A if header.side == "output" else pair.B
         tensors[f"{name}.coefficients"] = cast_to_save(name, trained, save_dtype)
         tensors[f"{name}.fingerprint"] = fingerprint(basis_vectors(pair.B, pair.A, header.side)).float()
-    metadata = {"format": "pt", KIND_KEY: _KIND, "qrlora_component": adapter.component, **header_metadata(header)}
+    metadata = {"format": "pt", KIND_KEY: _KIND, "qrlora_component": adapter.component, **header_metadata(adapter)}
     return write_safetensors(target, tensors, metadata)
 
 

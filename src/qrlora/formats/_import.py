@@ -93,7 +93,7 @@ def import_adapter(
         base: dense base weights by layer, for files that mean a difference from them; see `weight_source`.
         lora_alpha: for the same files, which do not say it, the alpha they were trained with; the rank where None.
         top_k: for files of Freq-MoE, which do not say it, how many experts act on a token; all where None.
-        allow_unmatched: leave out keys that are not understood (text encoders, biases...), instead of refusing.
+        allow_unmatched: leave out keys that are not understood (T5 encoders, biases...), instead of refusing.
 
     Raises:
         QrloraError: nothing there, or what is there is truncated, not finite, of an unknown layout or of absurd size,
@@ -132,9 +132,10 @@ def _check_options(file: AdapterFile, layout: Layout, options: ReadOptions) -> N
 
 def _check_built(file: AdapterFile, adapter: Adapter) -> None:
     """In fp32 and with its scale, what was finite in the file may be no more."""
-    for layer, pair in adapter.layers.items():
-        for tensor in (pair.A, pair.B, *adapter.own.get(layer, {}).values()):
-            check_finite(f"{file.source}: {layer}", tensor)
+    for part in adapter.components.values():
+        for layer, pair in part.layers.items():
+            for tensor in (pair.A, pair.B, *part.own.get(layer, {}).values()):
+                check_finite(f"{file.source}: {layer}", tensor)
     if adapter.form in BEYOND_LORA and not adapter.own:
         raise QrloraError(
             f"{file.source} says that it is a {adapter.form} adapter, but the tensors of that form are missing; "

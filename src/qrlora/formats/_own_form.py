@@ -11,15 +11,13 @@ from torch import Tensor
 
 from qrlora.errors import QrloraError
 from qrlora.formats._adapter import Adapter, LowRank, SaveDtype, check_finite
+from qrlora.formats._factors import natural_key
+from qrlora.formats._header import header_metadata, read_header
 from qrlora.formats._native import (
-    cast_to_save,
-    checked_path,
     component_in,
-    header_metadata,
-    natural_key,
-    read_header,
 )
 from qrlora.formats._safetensors import write_safetensors
+from qrlora.formats._saving import cast_to_save, checked_path
 
 
 def write_own_form(adapter: Adapter, path: str | Path, *, save_dtype: SaveDtype = "fp32") -> Path:
@@ -30,13 +28,16 @@ def write_own_form(adapter: Adapter, path: str | Path, *, save_dtype: SaveDtype 
             written.
     """
     target = checked_path(path)
+    adapter.check_alone(
+        f"written as a {adapter.form} adapter", "write adapter.alone(), and the companions by themselves"
+    )
     if adapter.form is None:
         raise QrloraError(f"{adapter.label} has tensors beyond a low-rank pair, but its header names no form.")
     tensors: dict[str, Tensor] = {}
     for name, pair in adapter.layers.items():
         for key, tensor in {"B": pair.B, "A": pair.A, **adapter.own.get(name, {})}.items():
             tensors[f"{adapter.component}.{name}.{adapter.form}.{key}"] = cast_to_save(name, tensor, save_dtype)
-    return write_safetensors(target, tensors, {"format": "pt", **header_metadata(adapter.header)})
+    return write_safetensors(target, tensors, {"format": "pt", **header_metadata(adapter)})
 
 
 def own_form_from(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapter:

@@ -10,16 +10,14 @@ from torch import Tensor
 from qrlora.errors import QrloraError
 from qrlora.formats._adapter import DORA, Adapter, Component, SaveDtype
 from qrlora.formats._atomic import atomic_write
+from qrlora.formats._factors import layers_of
+from qrlora.formats._header import header_metadata, json_object, read_header
 from qrlora.formats._native import (
-    cast_to_save,
-    header_metadata,
-    json_object,
-    layers_of,
     lora_config,
     magnitudes,
-    read_header,
 )
 from qrlora.formats._safetensors import read_safetensors, write_safetensors
+from qrlora.formats._saving import cast_to_save
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -37,6 +35,7 @@ def write_peft_folder(adapter: Adapter, folder: str | Path, *, save_dtype: SaveD
     target = Path(folder)
     if target.is_file():
         raise QrloraError(f"{target} is a file; a peft adapter is a folder.")
+    adapter.check_alone("written as a peft folder", "a peft folder has one model: write it for diffusers")
     if adapter.form != DORA:
         adapter.check_low_rank("written for peft")
     tensors = {f"{PREFIX}{key}": tensor for key, tensor in magnitudes(adapter, save_dtype).items()}
@@ -45,7 +44,7 @@ def write_peft_folder(adapter: Adapter, folder: str | Path, *, save_dtype: SaveD
         tensors[f"{PREFIX}{name}.lora_B.weight"] = cast_to_save(name, pair.B, save_dtype)
     base = adapter.header.base_model if adapter.header else None
     config = {"peft_type": "LORA", "task_type": None, "inference_mode": True, "base_model_name_or_path": base}
-    metadata = {"format": "pt", _COMPONENT_KEY: adapter.component, **header_metadata(adapter.header)}
+    metadata = {"format": "pt", _COMPONENT_KEY: adapter.component, **header_metadata(adapter)}
     write_safetensors(target / WEIGHTS_NAME, tensors, metadata)
     atomic_write(target / CONFIG_NAME, json.dumps(config | lora_config(adapter), indent=2, sort_keys=True) + "\n")
     return target

@@ -4,11 +4,13 @@ from qrlora.merging import methods as _methods  # noqa: F401  # pyright: ignore[
 from qrlora.merging._checks import check_compatible
 from qrlora.merging._merge import merge
 from qrlora.merging._norms import NORM_RATIO_LIMIT, NormWarning, norm_ratio, update_norm
+from qrlora.merging._parts import WHOLE, restricted
 from qrlora.merging._refactor import refactor
 from qrlora.merging._registry import merge_names, register_merge
 
 __all__ = [
     "NORM_RATIO_LIMIT",
+    "WHOLE",
     "NormWarning",
     "check_compatible",
     "merge",
@@ -16,5 +18,6 @@ __all__ = [
     "norm_ratio",
     "refactor",
     "register_merge",
+    "restricted",
     "update_norm",
 ]

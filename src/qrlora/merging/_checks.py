@@ -7,15 +7,17 @@ from torch import Tensor
 
 from qrlora.basis import Side
 from qrlora.errors import QrloraError
-from qrlora.formats import Adapter, basis_vectors, same_weight
+from qrlora.formats import TEXT_ENCODERS, Adapter, basis_vectors, same_weight
 
 
 def name_of(adapters: Sequence[Adapter], index: int) -> str:
     return adapters[index].source or f"adapter {index + 1}"
 
 
-def check_compatible(adapters: Sequence[Adapter]) -> None:
+def check_compatible(adapters: Sequence[Adapter], *, equal_layers: bool = True) -> None:
     """Refuse adapters that are no LoRA, or of different components, layers, shapes or base models, naming the first.
+
+    Without `equal_layers`, only the layers that two of them share are compared, as always between companions.
 
     Raises:
         QrloraError: as said; also when a value is not finite.
@@ -24,9 +26,13 @@ def check_compatible(adapters: Sequence[Adapter]) -> None:
         adapter.check_low_rank("merged")
         _check_finite(name_of(adapters, index), adapter)
         if index:
-            _check_same_layers(adapters, index)
             for earlier in range(index):
+                _check_same_layers(adapters, earlier, index, equal_layers)
                 _check_same_base(adapters, earlier, index)
+    for component in TEXT_ENCODERS:
+        theirs = [adapter.companions[component] for adapter in adapters if component in adapter.companions]
+        if theirs:
+            check_compatible(theirs, equal_layers=False)
 
 
 def _check_finite(label: str, adapter: Adapter) -> None:
@@ -35,18 +41,21 @@ def _check_finite(label: str, adapter: Adapter) -> None:
             raise QrloraError(f"{label}: {layer} has values that are not finite (nan or inf); it cannot be merged.")
 
 
-def _check_same_layers(adapters: Sequence[Adapter], index: int) -> None:
-    first, other = adapters[0], adapters[index]
-    label, first_label = name_of(adapters, index), name_of(adapters, 0)
+def _check_same_layers(adapters: Sequence[Adapter], earlier: int, index: int, equal_layers: bool) -> None:
+    first, other = adapters[earlier], adapters[index]
+    label, first_label = name_of(adapters, index), name_of(adapters, earlier)
     if first.component != other.component:
         raise QrloraError(f"{label} adapts the {other.component}, but {first_label} the {first.component}.")
-    for layer in first.layers:
-        if layer not in other.layers:
-            raise QrloraError(f"{label} does not adapt {layer}, which {first_label} does; only equal layers merge.")
+    odd = first.layers.keys() ^ other.layers.keys()
+    if odd and equal_layers:
+        layer = next(name for name in (*first.layers, *other.layers) if name in odd)
+        verbs = ("adapts", "does not") if layer in other.layers else ("does not adapt", "does")
+        raise QrloraError(
+            f"{label} {verbs[0]} {layer}, which {first_label} {verbs[1]}; only equal layers merge, unless blocks say "
+            "which part of each is meant (blocks='all' for the whole)."
+        )
     for layer, pair in other.layers.items():
-        if layer not in first.layers:
-            raise QrloraError(f"{label} adapts {layer}, which {first_label} does not; only equal layers merge.")
-        if pair.shape != first.layers[layer].shape:
+        if layer in first.layers and pair.shape != first.layers[layer].shape:
             raise QrloraError(
                 f"{layer} adapts a weight of shape {list(pair.shape)} in {label} but "
                 f"{list(first.layers[layer].shape)} in "

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from qrlora.adapter import Blocks
 from qrlora.errors import QrloraError, QrloraWarning
-from qrlora.formats import Adapter, check_weight
+from qrlora.formats import TEXT_ENCODERS, Adapter, Component, check_weight
 from qrlora.merging._checks import basis_difference, check_compatible
 from qrlora.merging._norms import equal_norm_scales, update_norm, warn_of_unequal_norms
+from qrlora.merging._parts import merge_by_layers, restricted
 from qrlora.merging._registry import run
 
 BASIS_TOLERANCE = 1e-5
@@ -19,6 +21,7 @@ def merge(
     weights: Sequence[float] | None = None,
     method: str = "auto",
     *,
+    blocks: Sequence[Blocks] | None = None,
     normalize: bool = False,
     **options: Any,
 ) -> Adapter:
@@ -27,12 +30,18 @@ def merge(
     Adapters of unequal norms are told of in a `QrloraWarning` where the largest norm times weight is more than
     `NORM_RATIO_LIMIT` times the smallest (a weight of 0 leaves an adapter out of that).
 
+    Companions (adapters of text encoders) are merged like the denoiser's, each component by itself. A companion, or a
+    layer of one, that an adapter does not have is zero there.
+
     Args:
-        adapters: at least one; all of the same layers.
+        adapters: at least one; all of the same layers of the denoiser, unless `blocks` are given.
         weights: one finite number an adapter, any sign; all 1 where None.
         method: "sum" (one stored basis: exact at rank r), "concat" (any bases: exact at the summed rank), another
             registered method, or "auto": sum if the stored bases agree to 1e-5, otherwise concat, with a
             `QrloraWarning`.
+        blocks: which part of each adapter is meant, one an adapter: "all", a preset ("b-lora-content"), a range, a
+            regular expression or a list of them (see `qrlora.adapter.blocks`). A layer is then merged over those that
+            have it. Companions have no such parts and stay whole.
         normalize: first scale every adapter, by one factor for all its layers, to the geometric mean of the norms
             `||dW_i||_F`, so that the weights alone say how strong each is. The mean does not depend on the order of
             the adapters and keeps the product of their norms.
@@ -43,8 +52,9 @@ def merge(
         `weight`, its own `norm` and, when normalised, the `scale` it was given besides.
 
     Raises:
-        QrloraError: different layers or base models, values that are not finite, an explicit sum of different bases, an
-            unknown method or option; naming the layer; with `normalize`, an update of zero.
+        QrloraError: different layers (without `blocks`), blocks that hold nothing, different base models, values that
+            are not finite, an explicit sum of different bases, an unknown method or option; naming the layer; with
+            `normalize`, an update of zero.
     """
     if not adapters:
         raise QrloraError("there is nothing to merge; give at least one adapter.")
@@ -53,7 +63,11 @@ def merge(
         raise QrloraError(f"{len(adapters)} adapters but {len(used)} weights; give one weight an adapter.")
     for weight in used:
         check_weight(weight)
-    check_compatible(adapters)
+    if blocks is not None:
+        if len(blocks) != len(adapters):
+            raise QrloraError(f'{len(adapters)} adapters but {len(blocks)} blocks; give one an adapter ("all": whole).')
+        adapters = [restricted(adapter, part) for adapter, part in zip(adapters, blocks, strict=True)]
+    check_compatible(adapters, equal_layers=blocks is None)
     norms = [update_norm(adapter) for adapter in adapters]
     notes: list[dict[str, Any]] = [{"norm": norm} for norm in norms]
     parts = list(adapters)
@@ -63,7 +77,21 @@ def merge(
         notes = [note | {"scale": scale} for note, scale in zip(notes, scales, strict=True)]
     else:
         warn_of_unequal_norms(adapters, used, norms)
-    merged = run(_choose(parts) if method == "auto" else method, parts, used, options)
+
+    def merge_group(some: Sequence[Adapter], theirs: Sequence[float]) -> Adapter:
+        return run(_choose(some) if method == "auto" else method, some, theirs, options)
+
+    merged = merge_by_layers([part.alone() for part in parts], used, merge_group)
+    companions: dict[Component, Adapter] = {}
+    for component in TEXT_ENCODERS:
+        owners = [index for index, part in enumerate(parts) if component in part.companions]
+        if not owners:
+            continue
+        theirs = [parts[index].companions[component] for index in owners]
+        companions[component] = merge_by_layers(theirs, [used[index] for index in owners], merge_group)
+    merged = replace(merged, companions=companions)
+    if blocks is not None:
+        notes = [note | {"blocks": part} for note, part in zip(notes, blocks, strict=True)]
     return _with_notes(merged, notes)
 
 
@@ -85,6 +113,6 @@ def _choose(adapters: Sequence[Adapter]) -> str:
             f"{difference}, so the adapters are concatenated: exact, at rank {' + '.join(map(str, ranks))} = "
             f"{sum(ranks)}.",
             QrloraWarning,
-            stacklevel=3,
+            stacklevel=5,
         )
     return "concat"

@@ -20,19 +20,21 @@ class NormWarning(QrloraWarning):
 
 
 def update_norm(adapter: Adapter, layers: Iterable[str] | None = None) -> float:
-    """The Frobenius norm of the whole update, `sqrt(sum_l ||B_l A_l||_F^2)`, in float64.
+    """The Frobenius norm of the whole update, `sqrt(sum_l ||B_l A_l||_F^2)`, in float64; companions belong to it.
 
     From the factors, `||B A||_F^2 = tr((B^T B)(A A^T))`; no dense update is formed.
 
     Args:
         adapter: any.
-        layers: those to count; all where None.
+        layers: those to count, without companions; all where None.
     """
     total = 0.0
     for layer in adapter.layers if layers is None else layers:
         pair = adapter.layers[layer]
         B, A = pair.B.flatten(1).double(), pair.A.flatten(1).double()
         total += float(torch.sum((B.T @ B) * (A @ A.T)))
+    if layers is None:
+        total += sum(update_norm(companion) ** 2 for companion in adapter.companions.values())
     return math.sqrt(max(0.0, total))
 
 

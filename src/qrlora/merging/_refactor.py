@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from qrlora.errors import QrloraError
-from qrlora.formats import Adapter, LowRank
+from qrlora.formats import Adapter, Component, LowRank
 from qrlora.merging._header import merged_header
 
 
 def refactor(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
-    """The best approximation of an adapter's update at a rank, in every layer (Eckart and Young 1936).
+    """The best approximation of an adapter's update at a rank, in every layer (Eckart and Young 1936), companions too.
 
     The truncated SVD of `dW = B A` is found from the QR decompositions of both factors, in fp64, without forming dW.
     A layer whose pair has a lower rank keeps that.
@@ -31,16 +31,19 @@ def refactor(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
     if rank < 1:
         raise QrloraError(f"an adapter of rank {rank} cannot be; give a rank of at least 1.")
     adapter.check_low_rank("brought to another rank")
-    layers: dict[str, LowRank] = {}
+    parts: dict[Component, Adapter] = {}
     lost = total = 0.0
-    for name, pair in adapter.layers.items():
-        layers[name], values = _truncated(pair, rank)
-        total += float(values.square().sum())
-        lost += float(values[rank:].square().sum())
-    header = merged_header(
-        [adapter], [1.0], "refactor", rank=max(pair.rank for pair in layers.values()), keep_basis=False
-    )
-    return replace(adapter, layers=layers, header=header), (lost / total) ** 0.5 if total else 0.0
+    for component, part in adapter.components.items():
+        layers: dict[str, LowRank] = {}
+        for name, pair in part.layers.items():
+            layers[name], values = _truncated(pair, rank)
+            total += float(values.square().sum())
+            lost += float(values[rank:].square().sum())
+        largest = max(pair.rank for pair in layers.values())
+        header = merged_header([part], [1.0], "refactor", rank=largest, keep_basis=False)
+        parts[component] = replace(part, layers=layers, header=header)
+    main = parts.pop(adapter.component)
+    return replace(main, companions=parts), (lost / total) ** 0.5 if total else 0.0
 
 
 def _truncated(pair: LowRank, rank: int) -> tuple[LowRank, Tensor]:

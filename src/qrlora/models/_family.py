@@ -2,15 +2,18 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from qrlora.adapter import register_targets
+from qrlora.adapter import register_blocks, register_targets
 from qrlora.errors import QrloraError
+from qrlora.formats import Component
+from qrlora.models._common import check_size, encode_latents, quiet, require
+from qrlora.models._noise import NoiseProcess
 
 
 class GenerationDefaults(BaseModel):
@@ -24,19 +27,22 @@ class GenerationDefaults(BaseModel):
     """Pixels."""
     num_inference_steps: int = Field(default=28, gt=0)
     guidance_scale: float = Field(default=3.5, allow_inf_nan=False)
-    """Distilled guidance (an embedding); without effect on a model that has no guidance embedding."""
+    """As the model's own pipeline means it. FLUX: distilled guidance, an embedding, without effect on a model that has
+    none (schnell). SD3, SDXL: classifier-free guidance against `negative_prompt`; 1 is off, above 1 every step costs
+    two passes."""
     true_cfg_scale: float = Field(default=1.0, allow_inf_nan=False)
-    """Classifier-free guidance against `negative_prompt`; 1 is off, above 1 every step costs two passes."""
+    """FLUX alone: classifier-free guidance against `negative_prompt`, likewise; other families refuse it."""
     negative_prompt: str = ""
+    """What pictures are guided away from; empty is what the model's own pipeline takes without one."""
     max_sequence_length: int = Field(default=512, gt=0)
-    """Tokens of the long text encoder, in training and in generation alike."""
+    """Tokens of the long text encoder (T5), in training and in generation alike; SDXL has none and always reads 77."""
 
 
 class Family(ABC):
     """One model family. Stateless: everything it works on is passed in.
 
     Latents are `[N, C, h, w]`, normalised as the denoiser expects them (shifted, scaled, never packed). Conditioning is
-    a dictionary of tensors with one row a prompt. Velocities are `noise - latents`, the flow-matching target.
+    a dictionary of tensors with one row a prompt.
     """
 
     name: ClassVar[str]
@@ -45,39 +51,163 @@ class Family(ABC):
     component: ClassVar[str] = "transformer"
     target_modules: ClassVar[tuple[str, ...]]
     """Whole path components at the end of a module's path, adapted when `target_modules="auto"`."""
+    blocks: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Named parts of the network; see `qrlora.adapter.blocks`."""
     text_components: ClassVar[tuple[str, ...]]
     """Pipeline components needed for prompts alone, freed while training."""
+    trainable_encoders: ClassVar[tuple[Component, ...]] = ()
+    """Those of them that are CLIP encoders, which may be adapted together with the denoiser."""
+    optional_components: ClassVar[tuple[str, ...]] = ()
+    """Those of them that a pipeline may be without from the start."""
     picture_components: ClassVar[tuple[str, ...]] = ("vae",)
     """Pipeline components needed for pictures alone, freed while training unless validation decodes."""
     generation_defaults: ClassVar[GenerationDefaults] = GenerationDefaults()
     training_defaults: ClassVar[Mapping[str, Any]] = {}
+    generation_arguments: ClassVar[tuple[str, ...]]
+    """Which `GenerationDefaults` the pipeline takes under their own names; embeddings are handed over instead of
+    prompts."""
+    guided_by: ClassVar[Literal["guidance_scale", "true_cfg_scale"]] = "guidance_scale"
+    """The setting that, above 1, guides pictures away from `negative_prompt`."""
+    sequence_lengths: ClassVar[range] = range(1, 513)
+    """What `max_sequence_length` may be."""
+
+    def recognises(self, model: Any) -> bool:
+        """Whether a denoiser, or a pipeline by its own class and its denoiser's, is of this family."""
+        if isinstance(model, nn.Module):
+            return type(model).__name__ == self.denoiser_class
+        if self.pipeline_class not in {parent.__name__ for parent in type(model).__mro__}:
+            return False
+        denoiser = getattr(model, self.component, None)
+        return denoiser is None or self.recognises(denoiser)
 
     def denoiser(self, pipeline: Any) -> nn.Module:
         """The module that is adapted and trained."""
         return getattr(pipeline, self.component)
 
+    def defaults_of(self, pipeline: Any) -> GenerationDefaults:
+        """How this very model wants its pictures made, as far as its configuration tells it from its siblings."""
+        return self.generation_defaults
+
+    def check_settings(self, settings: GenerationDefaults) -> None:
+        """Refuse settings that mean nothing for this family.
+
+        Raises:
+            QrloraError: begins with the setting's name.
+        """
+        if self.guided_by != "true_cfg_scale" and settings.true_cfg_scale != 1:
+            raise QrloraError(
+                f"true_cfg_scale={settings.true_cfg_scale} has no meaning for {self.name}, whose classifier-free "
+                "guidance is guidance_scale; leave it at 1."
+            )
+        self.check_length(settings.max_sequence_length)
+
+    def check_length(self, tokens: int) -> None:
+        """Refuse a `max_sequence_length` that the text encoders do not take.
+
+        Raises:
+            QrloraError: as said.
+        """
+        allowed = self.sequence_lengths
+        if tokens not in allowed:
+            wants = f"always {allowed[0]}" if len(allowed) == 1 else f"{allowed[0]} to {allowed[-1]}"
+            raise QrloraError(f"max_sequence_length={tokens} is not possible for {self.name}: it is {wants}.")
+
+    def uses_negative(self, settings: GenerationDefaults) -> bool:
+        """Whether pictures at these settings are guided away from `negative_prompt`, at two passes a step."""
+        return getattr(settings, self.guided_by) > 1
+
+    def has_guidance_embedding(self, denoiser: nn.Module) -> bool:
+        """Whether the `guidance` of `predict` means anything to this denoiser."""
+        return False
+
     @abstractmethod
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> dict[str, Tensor]:
         """Conditioning, one row a prompt, in the encoders' dtype and on their device."""
 
-    @abstractmethod
+    def encode_negative(self, pipeline: Any, negative_prompt: str, max_sequence_length: int) -> dict[str, Tensor]:
+        """What pictures are guided away from, one row; by the keys of `encode_prompts`."""
+        return self.encode_prompts(pipeline, [negative_prompt], max_sequence_length)
+
+    def encode_again(self, pipeline: Any, prompts: Sequence[str], cached: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Conditioning as the trainable encoders make it now, with gradients where these are enabled.
+
+        Args:
+            pipeline: with its trainable encoders; others may be absent.
+            prompts: one row each.
+            cached: what `encode_prompts` gave for the same prompts, on the encoders' device; what other encoders (T5)
+                gave is taken from there.
+        """
+        raise QrloraError(f"the text encoders of {self.name} cannot be trained.")
+
+    def encode_negative_again(
+        self, pipeline: Any, negative_prompt: str, cached: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The same of what pictures are guided away from; `cached` is what `encode_negative` gave."""
+        return self.encode_again(pipeline, [negative_prompt], cached)
+
     def encode_pictures(self, pipeline: Any, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """`pixels` `[N, 3, H, W]` in [-1, 1] to latents `[N, C, h, w]`; the mode without a generator, else a sample."""
+        require(pipeline, self.picture_components)
+        return encode_latents(pipeline.vae, pixels, generator)
+
+    def picture_conditioning(
+        self, original_sizes: Tensor, crops_top_left: Tensor, target_sizes: Tensor
+    ) -> dict[str, Tensor]:
+        """What the denoiser is told of training pictures beside their captions, one row a picture; kept in fp32.
+
+        Args:
+            original_sizes: `[N, 2]`, height and width in pixels of the files.
+            crops_top_left: `[N, 2]`, row and column of the crop's corner in the resampled pictures.
+            target_sizes: `[N, 2]`, height and width that are trained on.
+
+        Returns:
+            Rows that join those of `encode_prompts` in the `conditioning` of `predict`; nothing for most families.
+        """
+        return {}
 
     @abstractmethod
     def predict(
-        self, denoiser: nn.Module, noisy: Tensor, sigmas: Tensor, conditioning: Mapping[str, Tensor], guidance: float
+        self, denoiser: nn.Module, noisy: Tensor, levels: Tensor, conditioning: Mapping[str, Tensor], guidance: float
     ) -> Tensor:
-        """The velocity `[N, C, h, w]` at `noisy` with noise levels `sigmas` `[N]` in (0, 1].
+        """The denoiser's output `[N, C, h, w]` at `noisy`: a velocity, noise or v, as the noise process has it.
 
-        `conditioning` has one row an item, in the denoiser's dtype (asking the denoiser for it costs milliseconds).
+        Args:
+            denoiser: possibly wrapped for several processes.
+            noisy: `[N, C, h, w]`.
+            levels: `[N]`, of the noise process.
+            conditioning: one row an item, of its caption in the denoiser's dtype (asking the denoiser for that costs
+                milliseconds), and of its picture.
+            guidance: the guidance embedding, on models that have one.
         """
 
     @abstractmethod
-    def sigma_table(self, pipeline: Any) -> Tensor:
-        """Noise levels `[T]` to draw from in training, largest first, as the pipeline's own scheduler spaces them."""
+    def noise_process(self, pipeline: Any) -> NoiseProcess:
+        """The levels that training draws from, as the pipeline's own scheduler spaces them, and what is predicted."""
+
+    def given_timesteps(self, pipeline: Any, timesteps: Tensor) -> Tensor:
+        """`timesteps` (0 clean, 1000 pure noise) as the pipeline gives them to its denoiser, in the dtype they have."""
+        return timesteps * (pipeline.scheduler.config.num_train_timesteps / 1000)
 
     @abstractmethod
+    def latent_channels(self, denoiser: nn.Module) -> int:
+        """C of the latents `[N, C, h, w]`, by the denoiser's configuration."""
+
+    @abstractmethod
+    def conditioning_shapes(self, denoiser: nn.Module, max_sequence_length: int) -> dict[str, tuple[int, ...]]:
+        """Shape of one row of everything in the `conditioning` of `predict`, by the denoiser's configuration."""
+
+    @abstractmethod
+    def latent_multiple(self, pipeline: Any) -> int:
+        """Height and width in pixels must be multiples of this."""
+
+    def check_size(self, pipeline: Any, height: int, width: int) -> None:
+        """Refuse pixels that the model cannot draw.
+
+        Raises:
+            QrloraError: begins with the side's name.
+        """
+        check_size(self.latent_multiple(pipeline), height, width)
+
     def generate(
         self,
         pipeline: Any,
@@ -95,43 +225,95 @@ class Family(ABC):
         conditioning: Mapping[str, Tensor] | None = None,
         negative_conditioning: Mapping[str, Tensor] | None = None,
     ) -> list[Image.Image]:
-        """One picture a prompt and seed, each from a generator of its own.
+        """One picture a prompt and seed, each from a generator of its own, by the model's stock pipeline.
 
         With `batch_size` 1 a picture does not depend on its company to the last bit; larger batches are quicker and
         differ by rounding (now and then one grey level in a pixel). `conditioning` and `negative_conditioning`, rows as
-        returned by `encode_prompts`, replace the text encoders, which may then be absent.
-        """
+        returned by `encode_prompts` and `encode_negative`, replace the text encoders, which may then be absent.
 
-    def latent_multiple(self, pipeline: Any) -> int:
-        """Height and width in pixels must be multiples of this."""
-        return int(pipeline.vae_scale_factor) * 2
+        Raises:
+            QrloraError: settings without meaning here, a size that the model cannot draw, not a seed for each prompt.
+        """
+        settings = GenerationDefaults.model_construct(
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            true_cfg_scale=true_cfg_scale,
+            negative_prompt=negative_prompt,
+            max_sequence_length=max_sequence_length,
+        )
+        if len(seeds) != len(prompts):
+            raise QrloraError(
+                f"{len(prompts)} prompts need {len(prompts)} seeds, one a picture, but {len(seeds)} were given."
+            )
+        self.check_settings(settings)
+        self.check_size(pipeline, height, width)
+        if conditioning is None:
+            conditioning = self._encode_each_once(pipeline, prompts, max_sequence_length)
+        negative: Mapping[str, Tensor] = {}
+        if self.uses_negative(settings):
+            negative = negative_conditioning or self.encode_negative(pipeline, negative_prompt, max_sequence_length)
+        denoiser: Any = self.denoiser(pipeline)
+        embeddings = {key: rows.to(denoiser.device, denoiser.dtype) for key, rows in conditioning.items()}
+        against = {f"negative_{key}": row.to(denoiser.device, denoiser.dtype) for key, row in negative.items()}
+        arguments = {name: getattr(settings, name) for name in self.generation_arguments}
+        maker = quiet(pipeline)
+        pictures: list[Image.Image] = []
+        for start in range(0, len(prompts), batch_size):
+            rows = range(start, min(start + batch_size, len(prompts)))
+            pictures += maker(
+                **{key: value[start : rows.stop] for key, value in embeddings.items()},
+                **{key: value.expand(len(rows), *value.shape[1:]) for key, value in against.items()},
+                # On the CPU whatever the device: the same seed gives the same noise everywhere.
+                generator=[torch.Generator("cpu").manual_seed(seeds[row]) for row in rows],
+                **arguments,
+            ).images
+        return pictures
+
+    def _encode_each_once(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> dict[str, Tensor]:
+        unique = list(dict.fromkeys(prompts))
+        rows = [self.encode_prompts(pipeline, [prompt], max_sequence_length) for prompt in unique]
+        order = [unique.index(prompt) for prompt in prompts]
+        return {key: torch.cat([rows[index][key] for index in order]) for key in rows[0]} if rows else {}
 
 
 _FAMILIES: dict[str, Family] = {}
 
 
 def register_family(family: Family) -> Family:
-    """Make a family known by its denoiser's class, and tell the adapters what `target_modules="auto"` means for it."""
+    """Make a family known by its denoiser's class, and tell the adapters what `target_modules="auto"` and the names
+    of its blocks mean."""
     register_targets(family.denoiser_class, family.target_modules)
-    _FAMILIES[family.denoiser_class] = family
+    for name, parts in family.blocks.items():
+        register_blocks(name, *parts)
+    _FAMILIES[family.name] = family
     return family
 
 
 def family_names() -> tuple[str, ...]:
     """Names of the families known, sorted."""
-    return tuple(sorted(family.name for family in _FAMILIES.values()))
+    return tuple(sorted(_FAMILIES))
+
+
+def families() -> tuple[Family, ...]:
+    """The families known."""
+    return tuple(_FAMILIES.values())
 
 
 def family_of(model: Any) -> Family:
-    """The family of a denoiser or of a pipeline, by class name.
+    """The family of a denoiser or of a pipeline, by class names.
 
     Raises:
         QrloraError: an unknown class; the sentence lists the known ones.
     """
-    seen = type(model).__name__
     for family in _FAMILIES.values():
-        denoiser = model if isinstance(model, nn.Module) else getattr(model, family.component, None)
-        if type(denoiser).__name__ == family.denoiser_class:
+        if family.recognises(model):
             return family
-    known = ", ".join(f"{family.name} ({name}, {family.pipeline_class})" for name, family in sorted(_FAMILIES.items()))
-    raise QrloraError(f"{seen} belongs to no model family known here; the known ones are {known}.")
+    known = ", ".join(
+        f"{name} ({family.denoiser_class} in {family.pipeline_class})" for name, family in sorted(_FAMILIES.items())
+    )
+    raise QrloraError(
+        f"{type(model).__name__} belongs to no model family known here; the known ones are {known}. Adapters alone "
+        "(qrlora.add_adapter with target_modules) work on other denoisers too."
+    )

@@ -1,24 +1,20 @@
 """From a hub id or a folder to a pipeline with its family and its defaults."""
 
-import gc
 import json
-import warnings
-import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from qrlora.errors import QrloraError
 from qrlora.models._family import Family, GenerationDefaults, family_of
+from qrlora.models._loaded import LoadedModel, Offload
+from qrlora.models._quantization import Quantization, check_quantization
+from qrlora.models._reading import first_line, from_pretrained, told
 
 SETTINGS_FILE = "qrlora.json"
 
@@ -41,97 +37,53 @@ class ModelSettings(BaseModel):
     roles: dict[Literal["content", "style"], dict[str, Any]] = {}
 
 
-@dataclass
-class LoadedModel:
-    """A pipeline, its family, what to call it, and how it wants to be used.
-
-    `training` are defaults for `TrainConfig` (`max_train_steps`, `learning_rate`, `rank`...), `roles` what differs from
-    them in a blend's "content" or "style". `source` is where components can be loaded from again; a pipeline built in
-    memory has none, and its encoders are then moved to the CPU, not freed.
-    """
-
-    pipeline: Any
-    family: Family
-    model_id: str
-    defaults: GenerationDefaults
-    training: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    roles: Mapping[Literal["content", "style"], Mapping[str, Any]] = field(
-        default_factory=dict[Literal["content", "style"], dict[str, Any]]
-    )
-    source: str | None = None
-    dtype: torch.dtype = torch.float32
-    _parked: dict[str, nn.Module] = field(default_factory=dict[str, nn.Module], repr=False)
-
-    @property
-    def denoiser(self) -> Any:
-        """The module that is adapted."""
-        return self.family.denoiser(self.pipeline)
-
-    def release_encoders(self, *, keep_pictures: bool = False) -> None:
-        """Free the text encoders and, unless `keep_pictures`, the autoencoder."""
-        names = self.family.text_components + (() if keep_pictures else self.family.picture_components)
-        freed: list[weakref.ref[nn.Module]] = []
-        for name in names:
-            module = getattr(self.pipeline, name, None)
-            if module is None:
-                continue
-            if self.source is None:
-                self._parked[name] = module.to("cpu")
-            else:
-                freed.append(weakref.ref(module))
-            setattr(self.pipeline, name, None)
-            del module
-        if any(reference() is not None for reference in freed):
-            gc.collect()  # a third of a second, needed only where something made a cycle
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def restore_encoders(self, device: str | torch.device | None = None) -> None:
-        """Bring back what `release_encoders` freed, onto `device` (the denoiser's by default)."""
-        names = self.family.text_components + self.family.picture_components
-        missing = [name for name in names if getattr(self.pipeline, name, None) is None]
-        device = device or self.denoiser.device
-        if self.source is not None and missing:
-            present = {name: part for name, part in self.pipeline.components.items() if name not in missing}
-            loaded = _from_pretrained(self.source, self.dtype, type(self.pipeline), **present)
-            for name in missing:
-                setattr(self.pipeline, name, getattr(loaded, name))
-        for name in missing:
-            if name in self._parked:
-                setattr(self.pipeline, name, self._parked.pop(name))
-            getattr(self.pipeline, name).to(device)
-
-
 def load_pipeline(
-    model: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    model: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    quantization: Quantization | None = None,
+    offload: Offload = "none",
+    encoder_offload: Offload = "none",
+    denoiser: bool = True,
 ) -> LoadedModel:
     """Load a diffusers pipeline from a local folder (never asking the hub) or by hub id.
 
     Args:
         model: a folder with a `model_index.json`, or a hub id such as `black-forest-labs/FLUX.1-dev`.
-        dtype: of every component's weights.
+        dtype: of every component's weights that are not quantised.
         device: where all components go.
+        quantization: of the denoiser's blocks, as they are read: nf4 (bitsandbytes), int8 or fp8 (torchao).
+        offload: "blocks" keeps the denoiser's blocks on the CPU, each on the device while it computes.
+        encoder_offload: the same of the text encoders.
+        denoiser: False leaves the weights of the denoiser to `LoadedModel.load_denoiser`, until when it is on the meta
+            device.
 
     Raises:
         QrloraError: no such folder or hub model, a model that cannot be read, or of an unknown family.
     """
-    source, settings = _local_folder(model), read_settings(model)
-    pipeline = _from_pretrained(str(source or model), dtype, DiffusionPipeline)
+    check_quantization(quantization)
+    source, settings = local_folder(model), read_settings(model)
+    pipeline = from_pretrained(str(source or model), dtype, DiffusionPipeline, **_blank_denoiser(str(source or model)))
     family = family_of(pipeline)
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
-    pipeline.to(device)
-    return LoadedModel(
+    loaded = LoadedModel(
         pipeline=pipeline,
         family=family,
         model_id=settings.name or str(model),
-        defaults=_defaults(family, settings, str(model)),
+        defaults=_defaults(family.defaults_of(pipeline), family, settings, str(model)),
         training={**family.training_defaults, **settings.training},
         roles=settings.roles,
         source=str(source or model),
         dtype=dtype,
     )
+    loaded.keep_as(quantization, offload, encoder_offload)
+    loaded.place_encoders(device)
+    if denoiser:
+        loaded.load_denoiser(device)
+    return loaded
 
 
 def read_settings(model: str | Path) -> ModelSettings:
@@ -140,11 +92,11 @@ def read_settings(model: str | Path) -> ModelSettings:
     Raises:
         QrloraError: no such folder, or a file that cannot be read.
     """
-    source = _local_folder(model)
+    source = local_folder(model)
     return ModelSettings() if source is None else _read_settings(source / SETTINGS_FILE)
 
 
-def _local_folder(model: str | Path) -> Path | None:
+def local_folder(model: str | Path) -> Path | None:
     """The folder meant, or None for a hub id."""
     path = Path(model)
     if path.is_dir():
@@ -169,56 +121,38 @@ def _read_settings(path: Path) -> ModelSettings:
         key = ".".join(str(part) for part in problem["loc"])
         raise QrloraError(f"{path}: {key}: {problem['msg']}") from error
     except (OSError, ValueError) as error:
-        raise QrloraError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise QrloraError(f"{path} cannot be read: {first_line(error)}") from error
 
 
-def _defaults(family: Family, settings: ModelSettings, model: str) -> GenerationDefaults:
+def _defaults(own: GenerationDefaults, family: Family, settings: ModelSettings, model: str) -> GenerationDefaults:
     try:
-        return GenerationDefaults.model_validate({**family.generation_defaults.model_dump(), **settings.generation})
+        defaults = GenerationDefaults.model_validate({**own.model_dump(), **settings.generation})
+        family.check_settings(defaults)
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
         raise QrloraError(f"{SETTINGS_FILE} of {model}: generation.{key}: {problem['msg']}") from error
+    except QrloraError as error:
+        raise QrloraError(f"{SETTINGS_FILE} of {model}: generation.{error}") from error
+    return defaults
 
 
-def _from_pretrained(source: str, dtype: torch.dtype, cls: type[Any], **components: Any) -> Any:
-    local = Path(source).is_dir()
-    try:
-        with _no_loading_bars(), warnings.catch_warnings():
-            # The libraries warn about each other's spellings while loading; none of it is the user's to mend.
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
-            # safetensors alone: nothing is ever unpickled
-            return cls.from_pretrained(
-                source, torch_dtype=dtype, local_files_only=local, use_safetensors=True, **components
-            )
-    except Exception as error:  # every library below raises its own kinds
-        if local:
-            raise QrloraError(f"the model folder {source} cannot be loaded: {_first_line(error)}") from error
-        raise QrloraError(
-            f"the model {source} is neither a local folder nor to be had from the hub ({_first_line(error)}); check "
-            "its name, the network, and for a gated model that you are logged in (hf auth login)."
-        ) from error
+def _blank_denoiser(source: str) -> dict[str, nn.Module]:
+    """The denoiser of its class and configuration, on the meta device: enough for everything but computing.
+
+    Nothing for a class that diffusers does not have: it is then read like any component, and its family refused.
+    """
+    blank: dict[str, nn.Module] = {}
+    index = told(source, lambda: DiffusionPipeline.load_config(source, local_files_only=Path(source).is_dir()))
+    for name in ("transformer", "unet"):
+        library, kind = index.get(name) or (None, "")
+        found: Any = getattr(diffusers, str(kind), None) if library == "diffusers" else None
+        if found is not None:
+            blank[name] = told(source, lambda: _blank(found, source, name))  # noqa: B023  (called at once)
+    return blank
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-@contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    """No bars, and none of transformers' advice to install what is not needed here."""
-    switches = []
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    for logging in (diffusers_logging, transformers_logging):
-        if logging.is_progress_bar_enabled():
-            logging.disable_progress_bar()
-            switches.append(logging.enable_progress_bar)
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        for switch in switches:
-            switch()
+def _blank(kind: Any, source: str, component: str) -> nn.Module:
+    config = kind.load_config(source, subfolder=component, local_files_only=Path(source).is_dir())
+    with torch.device("meta"):
+        return kind.from_config(config)

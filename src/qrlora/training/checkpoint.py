@@ -1,8 +1,8 @@
 """Checkpoints: a folder `checkpoint-STEP` that is there whole or not at all, of safetensors and JSON alone.
 
 adapter.safetensors   the adapter at that step, an ordinary adapter file
-state.safetensors     coefficients and optimiser states in fp32, losses and gradient norms so far, and frozen tensors
-                      that the adapter file does not hold to the last bit
+state.safetensors     coefficients (fp32), optimiser states and moving averages, losses and gradient norms so far, and
+                      frozen tensors that the adapter file does not hold to the last bit
 state.json            step, what makes the run the same run, sizes of the files above
 """
 
@@ -27,7 +27,9 @@ CURVES = "curves"
 KEPT = "kept/"
 VERSION = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
-_LEFTOVER = re.compile(r"\.(checkpoint-\d+|(adapter\.safetensors|config\.yaml|losses\.json)\.[0-9a-f]+)\.tmp")
+_LEFTOVER = re.compile(
+    r"\.(checkpoint-\d+|(adapter\.safetensors|config\.yaml|losses\.json|README\.md|step-\d+-\d+\.png)\.[0-9a-f]+)\.tmp"
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,9 @@ def save_checkpoint(
         os.replace(unfinished, folder)
     except OSError as error:
         raise QrloraError(f"{folder} cannot be written: {error.strerror or error}.") from error
+    except QrloraError as error:
+        # Told of files in a folder that will be gone when this is read.
+        raise QrloraError(str(error).replace(str(unfinished), str(folder))) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     _sync(output)
@@ -154,9 +159,7 @@ def remove_folder(folder: Path) -> None:
 
 def clear_leftovers(output: Path) -> None:
     """Remove what a killed run left half-written in its own folder."""
-    if not output.is_dir():
-        return
-    for path in output.iterdir():
+    for path in [*output.glob(".*.tmp"), *output.glob("validation/.step-*.tmp")]:
         if not _LEFTOVER.fullmatch(path.name):
             continue
         if path.is_dir():

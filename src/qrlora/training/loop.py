@@ -1,5 +1,6 @@
 """One training loop for every family."""
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,13 +8,15 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
-from qrlora.adapter import BasisCache, adapter_of, base_hash, target_layers, trained_size
-from qrlora.data import load_examples, picture_files
+from qrlora.adapter import BasisCache, adapter_of_pipeline, base_hash, target_layers, trained_size
+from qrlora.data import Source
 from qrlora.errors import QrloraError
 from qrlora.formats import read_adapter
 from qrlora.models import LoadedModel
+from qrlora.training.card import CardFacts, write_card
 from qrlora.training.checkpoint import Checkpoint
 from qrlora.training.config import TrainConfig
+from qrlora.training.ema import average_of
 from qrlora.training.folder import (
     LOSSES,
     RESULT,
@@ -23,8 +26,13 @@ from qrlora.training.folder import (
     prepare_folder,
     write_losses,
 )
+from qrlora.training.hub import find_repository, push
 from qrlora.training.interrupt import graceful_stop
-from qrlora.training.optimiser import make_optimiser
+from qrlora.training.memory import enough_memory
+from qrlora.training.objective import check_levels
+from qrlora.training.optimiser import check_packages, make_optimiser
+from qrlora.training.pictures import captions_of, encode, find_sources, trigger_words
+from qrlora.training.prior import check_class_folder, prepare_prior
 from qrlora.training.progress import ProgressReport
 from qrlora.training.record import ORIGIN, check_same_run, record_of
 from qrlora.training.run import OnStep, Run
@@ -32,17 +40,15 @@ from qrlora.training.setup import (
     ADAPTER_NAME,
     Place,
     borrowed,
-    captions_of,
     choose_device,
-    encode,
     file_hash,
     load_model,
     prepare_adapter,
     restore,
-    trigger_words,
 )
 from qrlora.training.trackers import Trackers
-from qrlora.training.validation import prepare_validation
+from qrlora.training.validation import last_pictures, prepare_validation
+from qrlora.training.words import Words, add_words, check_initial, trained_encoders
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class TrainResult:
         path: the adapter file.
         losses: mean loss of each optimiser step, from step 0 also where the run was resumed.
         seconds: of this call, from its start.
-        phases: seconds by phase of this call: load, encode, adapter, train.
+        phases: seconds by phase of this call: load, encode, class (pictures), adapter, train.
         parameters: how many numbers are trained, without masked ones.
         config: the configuration with nothing left open.
     """
@@ -94,38 +100,43 @@ def train(
     """
     started = time.perf_counter()
     start = find_start(config)
-    picture_files(config.instance_data_dir)  # a wrong path is told before a large model is loaded
+    sources = find_sources(config)  # a wrong path is told before a large model is loaded
+    check_class_folder(config)
     if config.init_from is not None:
-        read_adapter(config.init_from)  # and so is a wrong adapter
+        check_initial(config, read_adapter(config.init_from))  # and so is a wrong adapter
+    check_packages(config)
     # Buffers are constant here; some forms keep large ones.
     constant = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[constant])
+    repository = find_repository(config) if accelerator.is_main_process else None
     device = choose_device(config, loaded, accelerator)
     model, config = load_model(config, loaded, device, start)
     place = Place(device, config.mixed_precision == "bf16", accelerator.process_index, accelerator.num_processes)
+    if place.processes > 1 and config.offload != "none":
+        raise QrloraError(f"offload: {config.offload} works in one process, but there are {place.processes}.")
     clock = _Clock(started)
     clock.done("load")
-    with borrowed(model, give_back=loaded is not None):
-        run = _prepare(config, model, accelerator, place, start, clock, progress=progress and place.main, cache=cache)
+    with enough_memory(config), borrowed(model, give_back=loaded is not None):
+        shown = progress and place.main
+        run = _prepare(config, model, sources, accelerator, place, start, clock, progress=shown, cache=cache)
         if isinstance(run, TrainResult):
-            return run
-        try:
-            with (
-                run.casting(),
-                graceful_stop() as stop,
-                ProgressReport("train", config.max_train_steps, done=run.step, shown=progress and place.main) as report,
-            ):
-                while run.step < config.max_train_steps:
-                    run.train_step()
-                    run.after_step(report, stop, on_step)
-        finally:
-            run.trackers.close()
-        return _finish(run, clock)
+            return _pushed(run, repository, shown=shown)
+        with (
+            run.trackers,
+            run.casting(),
+            graceful_stop() as stop,
+            ProgressReport("train", config.max_train_steps, done=run.step, shown=shown) as report,
+        ):
+            while run.step < config.max_train_steps:
+                run.train_step()
+                run.after_step(report, stop, on_step)
+        return _pushed(_finish(run, clock, repository), repository, shown=shown)
 
 
 def _prepare(
     config: TrainConfig,
     model: LoadedModel,
+    sources: list[Source],
     accelerator: Accelerator,
     place: Place,
     start: Checkpoint | None,
@@ -134,14 +145,26 @@ def _prepare(
     progress: bool,
     cache: BasisCache | None,
 ) -> "Run | TrainResult":
-    assert config.resolution is not None
-    examples = load_examples(config.instance_data_dir, config.instance_prompt, config.resolution)
-    denoiser, output = model.denoiser, Path(config.output_dir)
-    encoded = encode(config, model, examples, place.device)
-    layers = target_layers(denoiser, config.adapter.target_modules)
+    output = Path(config.output_dir)
+    process = model.family.noise_process(model.pipeline)
+    check_levels(config, process)
+    encoders = trained_encoders(config, model, place)
+    encoded = encode(config, model, sources, place.device, progress=progress)
+    validation, preserved = prepare_validation(config, model, output), prepare_prior(config, model)
+    model.release_encoders(keep_pictures=validation is not None or preserved is not None, keep=encoders)
+    clock.done("encode")
+    model.load_denoiser(place.device)  # last, so that it never shares memory with the encoders
+    denoiser = model.denoiser
+    prior = None
+    if preserved is not None:
+        prior = preserved.encode(model, accelerator, place, progress=progress)
+        model.release_encoders(keep_pictures=validation is not None, keep=encoders)
+        clock.done("class")
+    layers = target_layers(denoiser, config.adapter.target_modules, config.adapter.blocks)
     record = record_of(
         config,
         data=encoded.fingerprint,
+        class_data=None if prior is None else prior.fingerprint,
         base=base_hash(denoiser, layers),
         processes=place.processes,
         origin=file_hash(config.init_from) if start is None else start.record[ORIGIN],
@@ -157,19 +180,19 @@ def _prepare(
             f"cannot resume: {start.folder} is past max_train_steps={config.max_train_steps}; raise it, or name an "
             "earlier checkpoint folder."
         )
-    validation = prepare_validation(config, model, output)
-    model.release_encoders(keep_pictures=validation is not None)
-    clock.done("encode")
-    denoiser.to(place.device)
     parameters = prepare_adapter(config, denoiser, start, cache, progress)
+    model.settle()
     if config.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-    optimiser = make_optimiser(config, parameters.values())
+        model.enable_gradient_checkpointing()
+    words = add_words(config, model, encoders, start, cache, place)
+    optimiser = make_optimiser(config, parameters.values(), words.values())
+    parameters |= words
     curves = torch.zeros(2, config.max_train_steps, device=place.device)
-    if start is not None:
-        restore(start, denoiser, optimiser, parameters, curves)
-    # Nothing of the folder was touched so far: whatever could be refused has been.
     step = 0 if start is None else start.step
+    average = average_of(config, parameters, step)
+    if start is not None:
+        restore(start, denoiser, optimiser, parameters, average, curves)
+    # Nothing of the folder was touched so far: whatever could be refused has been.
     trackers = Trackers(config, place, step)
     if place.main:
         prepare_folder(config, fresh=start is None or not start.within(output))
@@ -181,13 +204,16 @@ def _prepare(
         accelerator=accelerator,
         place=place,
         output=output,
-        encoded=encoded.to(place.device, denoiser.dtype),
-        table=model.family.sigma_table(model.pipeline),
+        encoded=encoded.to(denoiser.dtype),
+        prior=None if prior is None else prior.to(denoiser.dtype),
+        process=process,
         wrapped=denoiser if place.processes == 1 else accelerator.prepare(denoiser),
         parameters=parameters,
+        words=Words(model.family, model.pipeline, place.device) if encoders else None,
         optimiser=optimiser,
+        average=average,
         record=record,
-        about={"captions": captions_of(examples), "trigger_words": trigger_words(examples)},
+        about={"captions": captions_of(sources), "trigger_words": trigger_words(sources)},
         curves=curves,
         validation=validation,
         trackers=trackers,
@@ -198,18 +224,28 @@ def _prepare(
     )
 
 
-def _finish(run: Run, clock: "_Clock") -> TrainResult:
+def _finish(run: Run, clock: "_Clock", repository: str | None) -> TrainResult:
     """The result comes last: where it is, the rest is complete."""
     losses, norms = run.curves.tolist()
-    path = run.output / RESULT
+    path, adapter = run.output / RESULT, adapter_of_pipeline(run.model.pipeline, ADAPTER_NAME)
     if run.place.main:
-        write_losses(run.output, losses, norms)
-        run.save_adapter(path, run.config.save_dtype)
+        with run.telling_what_is_kept():
+            write_losses(run.output, losses, norms)
+            write_card(CardFacts(run.config, run.model, adapter, **run.about, repository=repository))
+            run.save_adapter(path, run.config.save_dtype)
         run.forget_outdated(RESULT, LOSSES)
     run.accelerator.wait_for_everyone()
     clock.done("train")
-    size = trained_size(adapter_of(run.model.denoiser, ADAPTER_NAME))
-    return TrainResult(path, losses, clock.total(), clock.phases, size, run.config)
+    return TrainResult(path, losses, clock.total(), clock.phases, trained_size(adapter), run.config)
+
+
+def _pushed(result: TrainResult, repository: str | None, *, shown: bool) -> TrainResult:
+    """The result, on the hub too where that was asked for."""
+    if repository is not None:
+        address = push(repository, result.config, last_pictures(result.config))
+        if shown:
+            print(f"pushed to {address}", file=sys.stderr, flush=True)
+    return result
 
 
 class _Clock:

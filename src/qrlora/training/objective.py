@@ -1,13 +1,11 @@
-"""What is drawn and what is minimised at one step: flow matching on cached latents.
+"""What is drawn and what is minimised at one step, on cached latents.
 
-`x_s = (1 - s) x_0 + s e`, target velocity `e - x_0` (rectified flow, arXiv 2403.03206). Every draw is a function of
-(seed, step, accumulation index, process), so a run continued from step k sees what the uninterrupted run sees.
+Every draw is a function of (seed, step, accumulation index, process), so a run continued from step k sees what the
+uninterrupted run sees.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,98 +13,169 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from torch import Tensor, nn
 
 from qrlora.data import Encoded
-from qrlora.models import Family
+from qrlora.errors import QrloraError
+from qrlora.models import Diffusion, Family, NoiseProcess
 from qrlora.training.config import TrainConfig
+from qrlora.training.sampling import picture_rows, stream
 
-_DRAWS, _ORDER = 1, 2  # keep the streams of different purposes apart
+_DRAWS, _CLASS_DRAWS = 1, 6  # keep these streams apart from those of other purposes, in sampling.py
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One batch: `rows` into the cached latents `[B]`, `captions` into the conditioning `[B]`, `sigmas` `[B]`, `noise`
-    `[B, C, h, w]`, `weighting` `[B]` or None."""
+    """One batch: the `group` of pictures of one size, `rows` into its latents `[B]`, `captions` into the conditioning
+    `[B]`, `index` into the noise levels `[B]`, `noise` `[B, C, h, w]`, `weighting` `[B]` or None."""
 
+    group: int
     rows: Tensor
     captions: Tensor
-    sigmas: Tensor
+    index: Tensor
     noise: Tensor
     weighting: Tensor | None
 
 
-def stream(*key: int) -> int:
-    """A 63-bit seed from integers; different keys, of whatever length, give independent streams."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8]) >> 1
-
-
-@lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
-    generator = torch.Generator().manual_seed(stream(seed, _ORDER, epoch))
-    return tuple(torch.randperm(count, generator=generator).tolist())
-
-
-def picture_rows(config: TrainConfig, count: int, step: int, micro: int, process: int, processes: int) -> list[int]:
-    """Which pictures a batch uses: every epoch is a fresh permutation, so all pictures are seen equally often."""
-    size = config.train_batch_size
-    first = ((step * config.gradient_accumulation_steps + micro) * processes + process) * size
-    return [_order(config.seed, item // count, count)[item % count] for item in range(first, first + size)]
-
-
 def draw(
-    config: TrainConfig, encoded: Encoded, table: Tensor, step: int, micro: int, process: int = 0, processes: int = 1
+    config: TrainConfig,
+    encoded: Encoded,
+    process: NoiseProcess,
+    step: int,
+    micro: int,
+    rank: int = 0,
+    ranks: int = 1,
+    *,
+    of_class: bool = False,
 ) -> Draw:
-    """The random part of one batch, drawn on the CPU (the same on every device) and moved to the latents' device.
+    """The random part of one batch, on the CPU whatever computes, so that it is the same on every device.
 
     Args:
-        config: seed, batch size and weighting scheme are used.
+        config: seed, batch size, repeats, range and weighting of noise levels are used.
         encoded: the cache drawn from.
-        table: noise levels `[T]` on the CPU, largest first.
+        process: the noise levels drawn from.
         step: optimiser steps taken so far.
         micro: accumulation index within the step.
-        process: this process's rank of `processes`.
+        rank: of this process among `ranks`.
+        of_class: a batch of class pictures, drawn apart from those of the instance.
     """
-    generator = torch.Generator().manual_seed(stream(config.seed, _DRAWS, step, micro, process))
-    size, scheme = config.train_batch_size, config.weighting_scheme
-    density: Any = compute_density_for_timestep_sampling(
-        scheme, size, config.logit_mean, config.logit_std, config.mode_scale, generator=generator
-    )
-    sigmas = table[(density * len(table)).long().clamp_(0, len(table) - 1)]
-    noise = torch.randn(size, *encoded.latents.shape[1:], generator=generator)
-    pictures = torch.tensor(picture_rows(config, encoded.count, step, micro, process, processes))
-    flipped = torch.rand(size, generator=generator) < 0.5
-    rows = pictures + encoded.count * flipped if encoded.flips else pictures
-    weighting = compute_loss_weighting_for_sd3(scheme, sigmas) if scheme in ("sigma_sqrt", "cosmap") else None
-    device = encoded.latents.device
+    purpose = _CLASS_DRAWS if of_class else _DRAWS
+    generator = torch.Generator().manual_seed(stream(config.seed, purpose, step, micro, rank))
+    size = config.train_batch_size
+    index = _levels(config, process, generator)
+    chosen, pictures = picture_rows(config, encoded.counts, step, micro, rank, ranks, of_class=of_class)
+    group = encoded.groups[chosen]
+    noise = torch.randn(size, *group.latents.shape[1:], generator=generator)
+    variant = encoded.crops * ((torch.rand(size, generator=generator) < 0.5) & encoded.mirrored)
+    if encoded.crops > 1:
+        variant = variant + torch.randint(encoded.crops, (size,), generator=generator)
+    rows = torch.tensor(pictures)
     return Draw(
-        rows=rows.to(device),
-        captions=encoded.caption_rows[pictures.to(device)],
-        sigmas=sigmas.to(device),
-        noise=noise.to(device),
-        weighting=None if weighting is None else weighting.to(device),
+        group=chosen,
+        rows=rows + group.count * variant,
+        captions=group.caption_rows[rows],
+        index=index,
+        noise=noise,
+        weighting=level_weights(config, process, index),
     )
 
 
-def loss_of(family: Family, denoiser: nn.Module, encoded: Encoded, drawn: Draw, guidance: float) -> Tensor:
-    """The batch's mean flow-matching loss, in fp32; pictures with a mask count within it alone, at the same scale."""
-    clean = encoded.latents[drawn.rows]
-    level = drawn.sigmas[:, None, None, None]
-    noisy = torch.lerp(clean, drawn.noise, level)
-    conditioning: Mapping[str, Tensor] = {key: rows[drawn.captions] for key, rows in encoded.conditioning.items()}
-    velocity = family.predict(denoiser, noisy, drawn.sigmas, conditioning, guidance)
-    return flow_loss(
-        velocity, drawn.noise - clean, None if encoded.weights is None else encoded.weights[drawn.rows], drawn.weighting
+def _levels(config: TrainConfig, process: NoiseProcess, generator: torch.Generator) -> Tensor:
+    """Indices `[B]` of noise levels within the configured range, by the scheme's density."""
+    density: Any = compute_density_for_timestep_sampling(
+        config.weighting_scheme,
+        config.train_batch_size,
+        config.logit_mean,
+        config.logit_std,
+        config.mode_scale,
+        generator=generator,
     )
+    first, last = level_range(config, process)
+    return (first + (density * (last - first)).long()).clamp_(first, last - 1)
 
 
-def flow_loss(velocity: Tensor, target: Tensor, mask_weights: Tensor | None, weighting: Tensor | None) -> Tensor:
-    """Mean over everything of `weighting[n] * mask_weights[n, 1, h, w] * (velocity - target)^2`.
+def level_range(config: TrainConfig, process: NoiseProcess) -> tuple[int, int]:
+    """First index and the one past the last whose timesteps lie in [min_timestep, max_timestep].
+
+    Raises:
+        QrloraError: none does.
+    """
+    inside = (process.timesteps >= config.min_timestep) & (process.timesteps <= config.max_timestep)
+    found = inside.nonzero().flatten()
+    if not len(found):
+        raise QrloraError(
+            f"no noise level of this model has a timestep from min_timestep={config.min_timestep} to "
+            f"max_timestep={config.max_timestep}; widen the range (0 is clean, 1000 pure noise)."
+        )
+    return int(found[0]), int(found[-1]) + 1
+
+
+def check_levels(config: TrainConfig, process: NoiseProcess) -> None:
+    """Refuse a range or a weighting of noise levels that the model cannot have, before anything is computed.
+
+    Raises:
+        QrloraError: as said.
+    """
+    first, _ = level_range(config, process)
+    level_weights(config, process, torch.tensor([first]))
+
+
+def level_weights(config: TrainConfig, process: NoiseProcess, index: Tensor) -> Tensor | None:
+    """Loss weights `[B]` by noise level; None where all count alike.
+
+    Raises:
+        QrloraError: a weighting that the model's noise process does not have.
+    """
+    if config.snr_gamma is not None:
+        return process.min_snr_weights(index, config.snr_gamma)
+    if config.weighting_scheme not in ("sigma_sqrt", "cosmap"):
+        return None
+    if isinstance(process, Diffusion):
+        raise QrloraError(
+            f"weighting_scheme={config.weighting_scheme} is for models trained by flow matching; this one predicts "
+            "noise or v: use snr_gamma instead."
+        )
+    return compute_loss_weighting_for_sd3(config.weighting_scheme, process.levels[index])
+
+
+def loss_of(
+    family: Family,
+    denoiser: nn.Module,
+    encoded: Encoded,
+    drawn: Draw,
+    process: NoiseProcess,
+    guidance: float,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The batch's mean loss, in fp32, computed on `device`; pictures with a mask count within it alone, at the same
+    scale."""
+    group = encoded.groups[drawn.group]
+    clean, noise = _on(device, group.latents[drawn.rows]), _on(device, drawn.noise)
+    conditioning: Mapping[str, Tensor] = {
+        **{key: _on(device, rows[drawn.captions]) for key, rows in encoded.conditioning.items()},
+        **{key: _on(device, rows[drawn.rows]) for key, rows in group.picture_conditioning.items()},
+    }
+    noisy = process.noisy(clean, noise, drawn.index)
+    predicted = family.predict(denoiser, noisy, _on(device, process.levels[drawn.index]), conditioning, guidance)
+    weights = None if group.weights is None else _on(device, group.weights[drawn.rows])
+    weighting = None if drawn.weighting is None else _on(device, drawn.weighting)
+    return weighted_loss(predicted, process.target(clean, noise, drawn.index), weights, weighting)
+
+
+def _on(device: torch.device | str, tensor: Tensor) -> Tensor:
+    """From the CPU to where it is computed, on CUDA without waiting for what runs there."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def weighted_loss(predicted: Tensor, target: Tensor, mask_weights: Tensor | None, weighting: Tensor | None) -> Tensor:
+    """Mean over everything of `weighting[n] * mask_weights[n, 1, h, w] * (predicted - target)^2`.
 
     Args:
-        velocity: `[N, C, h, w]`, any dtype.
+        predicted: `[N, C, h, w]`, any dtype.
         target: likewise, fp32.
         mask_weights: `[N, 1, h, w]` with mean 1 a picture, or None.
         weighting: `[N]` by noise level, or None.
     """
-    error = (velocity.float() - target).square()
+    error = (predicted.float() - target).square()
     if mask_weights is not None:
         error = error * mask_weights
     if weighting is not None:

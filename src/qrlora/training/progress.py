@@ -69,6 +69,11 @@ class ProgressReport:
         wait = REFRESH_SECONDS if self._bar else LINE_SECONDS
         return done == self._total or time.monotonic() - self._last >= wait
 
+    def show_if_slow(self, done: int) -> None:
+        """Show `done`, unless that is a line about what is over in a moment."""
+        if self.due(done) and (self.on_terminal or self.slow):
+            self.show(done)
+
     def show(self, done: int, note: str = "") -> None:
         """Show `done` of the total, with a short note."""
         now = self._last = time.monotonic()

@@ -14,10 +14,18 @@ FREE = frozenset(
         "model",
         "instance_data_dir",
         "instance_prompt",
+        "dataset_name",
+        "dataset_config_name",
+        "image_column",
+        "caption_column",
+        "class_data_dir",
         "output_dir",
         "overwrite",
         "device",
         "gradient_checkpointing",
+        "memory",
+        "offload",
+        "encoder_offload",
         "checkpointing_steps",
         "checkpoints_total_limit",
         "resume",
@@ -28,6 +36,9 @@ FREE = frozenset(
         "report_to",
         "logging_dir",
         "save_dtype",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
     }
 )
 ORIGIN = "init_from"
@@ -35,22 +46,31 @@ ORIGIN = "init_from"
 _STEADY = ("constant", "constant_with_warmup")
 _CULPRITS = {
     "data": "instance_data_dir (the pictures, masks or captions)",
+    "class_data": "class_data_dir (the class pictures)",
     "base": "model (the base weights)",
     "processes": "the number of processes",
 }
 
 
 def record_of(
-    config: TrainConfig, *, data: str, base: str, processes: int, origin: str | None = None
+    config: TrainConfig,
+    *,
+    data: str,
+    base: str,
+    processes: int,
+    origin: str | None = None,
+    class_data: str | None = None,
 ) -> dict[str, Any]:
-    """The settings that decide the result, flat, with hashes of data, base weights and the adapter started from."""
+    """The settings that decide the result, flat, with hashes of the pictures, base weights and the adapter started
+    from."""
     record: dict[str, Any] = {}
     for key, value in config.model_dump(mode="json").items():
         if key == "adapter":
             record |= {f"adapter.{name}": part for name, part in value.items()}
         elif key not in FREE:
             record[key] = value
-    return {**record, "data": data, "base": base, "processes": processes, ORIGIN: origin}
+    hashes = {"data": data, "base": base, ORIGIN: origin} | ({} if class_data is None else {"class_data": class_data})
+    return {**record, **hashes, "processes": processes}
 
 
 def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], where: str) -> None:
@@ -62,15 +82,22 @@ def check_same_run(now: Mapping[str, Any], then: Mapping[str, Any], where: str) 
         QrloraError: names the first key that differs, with both values.
     """
     # What a checkpoint of an older version does not know was at its default.
-    then = {f"adapter.{name}": value for name, value in AdapterSpec().model_dump(mode="json").items()} | dict(then)
+    then = _defaults() | dict(then)
     # Settings before hashes, some of which follow from settings.
     for key in sorted(set(now) | set(then), key=lambda key: (key in _CULPRITS, key)):
         if key == "max_train_steps" and now.get("lr_scheduler") in _STEADY:
             continue
         if key != ORIGIN and now.get(key) != then.get(key):
             shown = _CULPRITS.get(key, key)
-            values = "" if key in ("data", "base") else f" ({then.get(key)!r} then, {now.get(key)!r} now)"
+            values = "" if key in ("data", "class_data", "base") else f" ({then.get(key)!r} then, {now.get(key)!r} now)"
             raise QrloraError(
                 f"cannot resume from {where}: {shown} differs from that run{values}; restore it, or start a new run in "
                 "another output_dir."
             )
+
+
+def _defaults() -> dict[str, Any]:
+    adapter = AdapterSpec().model_dump(mode="json")
+    fields = {name: field.default for name, field in TrainConfig.model_fields.items() if not field.is_required()}
+    plain = {name: value for name, value in fields.items() if name not in FREE and name != "adapter"}
+    return {f"adapter.{name}": value for name, value in adapter.items()} | plain

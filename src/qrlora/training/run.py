@@ -1,8 +1,9 @@
 """A run under way: its steps, and what happens between them."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,22 @@ from accelerate import Accelerator
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 
-from qrlora.adapter import kept_tensors, save_adapter
+from qrlora.adapter import adapter_of_pipeline, kept_tensors
 from qrlora.data import Encoded
 from qrlora.errors import QrloraError
-from qrlora.models import LoadedModel
+from qrlora.models import LoadedModel, NoiseProcess
 from qrlora.training.checkpoint import CURVES, KEPT, prune_checkpoints, save_checkpoint
 from qrlora.training.config import TrainConfig
+from qrlora.training.ema import EMA, MovingAverage
 from qrlora.training.folder import forget
 from qrlora.training.interrupt import Interrupted, StopRequest
-from qrlora.training.objective import draw, loss_of
-from qrlora.training.optimiser import learning_rates, optimiser_tensors
+from qrlora.training.objective import Draw, draw, loss_of
+from qrlora.training.optimiser import learning_rates, optimiser_tensors, set_rates
 from qrlora.training.progress import ProgressReport
 from qrlora.training.setup import ADAPTER_NAME, Place
 from qrlora.training.trackers import Trackers
 from qrlora.training.validation import Validation
+from qrlora.training.words import Words
 
 OnStep = Callable[[int, int], None]
 
@@ -39,10 +42,16 @@ class Run:
     place: Place
     output: Path
     encoded: Encoded
-    table: Tensor
+    prior: Encoded | None
+    """Class pictures, where the prior is preserved."""
+    process: NoiseProcess
     wrapped: nn.Module
     parameters: dict[str, nn.Parameter]
+    words: Words | None
+    """The text encoders, where they are trained too."""
     optimiser: torch.optim.Optimizer
+    average: MovingAverage | None
+    """Of the coefficients: what files and validation pictures are made of, where there is one."""
     record: dict[str, Any]
     about: dict[str, Any]
     curves: Tensor
@@ -66,32 +75,60 @@ class Run:
     @contextmanager
     def casting(self) -> Iterator[None]:
         """Under autocast, cast coefficients (small) to bf16; peft left alone casts activations (large) to fp32."""
-        with disable_input_dtype_casting(self.model.denoiser, active=self.place.autocast):
+        adapted = [self.model.denoiser, *(self.words.encoders if self.words is not None else ())]
+        with ExitStack() as stack:
+            for module in adapted:
+                stack.enter_context(disable_input_dtype_casting(module, active=self.place.autocast))
             yield
 
     def train_step(self) -> None:
-        """One optimiser step, without waiting for the device."""
+        """One optimiser step, without waiting for the device (Prodigy waits by itself)."""
         config, accumulation = self.config, self.config.gradient_accumulation_steps
         total = torch.zeros((), device=self.place.device)
-        for micro in range(accumulation):
-            drawn = draw(config, self.encoded, self.table, self.step, micro, self.place.process, self.place.processes)
-            syncs = micro == accumulation - 1 or self.place.processes == 1
+        parts = ("instance",) if self.prior is None else ("instance", "class")
+        for micro, part in product(range(accumulation), parts):
+            syncs = (micro, part) == (accumulation - 1, parts[-1]) or self.place.processes == 1
             with nullcontext() if syncs else self.accelerator.no_sync(self.wrapped):
                 with self.autocast():
-                    loss = loss_of(self.model.family, self.wrapped, self.encoded, drawn, config.guidance_scale)
+                    loss = self._loss(micro) if part == "instance" else self._prior_loss(micro)
                 (loss / accumulation).backward()
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.rates(self.step)
+        set_rates(config, self.optimiser, self.rates(self.step))
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update()
         mean: Any = total / accumulation
         if self.place.processes > 1:
             mean = self.accelerator.reduce(mean, reduction="mean")
         self.curves[0, self.step] = mean
         self.curves[1, self.step] = norm
         self.step += 1
+
+    def _loss(self, micro: int) -> Tensor:
+        place = self.place
+        drawn = draw(self.config, self.encoded, self.process, self.step, micro, place.process, place.processes)
+        return self._loss_of(self.encoded, drawn)
+
+    def _prior_loss(self, micro: int) -> Tensor:
+        """Of class pictures, weighted; one more pass of a batch costs no more memory, where a batch of both would."""
+        assert self.prior is not None
+        place = self.place
+        drawn = draw(
+            self.config, self.prior, self.process, self.step, micro, place.process, place.processes, of_class=True
+        )
+        return self.config.prior_loss_weight * self._loss_of(self.prior, drawn)
+
+    def _loss_of(self, encoded: Encoded, drawn: Draw) -> Tensor:
+        family, guidance, device = self.model.family, self.config.guidance_scale, self.place.device
+        if self.words is not None:
+            encoded, drawn = self.words.read(encoded, drawn)
+        return loss_of(family, self.wrapped, encoded, drawn, self.process, guidance, device)
+
+    def shown(self) -> AbstractContextManager[None]:
+        """Within, the coefficients are what files and pictures are made of."""
+        return nullcontext() if self.average is None else self.average.shown()
 
     def check_finite(self) -> None:
         """Raise before anything that is not finite reaches a file."""
@@ -108,17 +145,17 @@ class Run:
         self.checked = self.step
 
     def save_adapter(self, path: Path, save_dtype: Any = "fp32") -> Path:
-        """Write the adapter as it is now."""
+        """Write the adapter as it is now, or its average where one is kept."""
         training = {"record": self.record, "captions": self.about["captions"]}
-        return save_adapter(
-            self.model.denoiser,
-            ADAPTER_NAME,
-            path,
-            base_model=self.model.model_id,
-            trigger_words=self.about["trigger_words"],
-            training=training,
-            save_dtype=save_dtype,
-        )
+        with self.shown():
+            adapter = adapter_of_pipeline(
+                self.model.pipeline,
+                ADAPTER_NAME,
+                base_model=self.model.model_id,
+                trigger_words=self.about["trigger_words"],
+                training=training,
+            )
+        return adapter.save(path, save_dtype=save_dtype)
 
     def checkpoint(self) -> Path:
         """Save a checkpoint of this step; the main process writes."""
@@ -128,13 +165,29 @@ class Run:
             kept = kept_tensors(self.model.denoiser, ADAPTER_NAME)
             tensors = {CURVES: self.curves[:, : self.step], **{KEPT + key: tensor for key, tensor in kept.items()}}
             tensors |= optimiser_tensors(self.optimiser, self.parameters)
+            if self.average is not None:
+                tensors |= {EMA + name: tensor for name, tensor in self.average.tensors().items()}
             replace = folder in self.outdated
-            save_checkpoint(self.output, self.step, self.record, tensors, self.save_adapter, replace=replace)
+            with self.telling_what_is_kept():
+                save_checkpoint(self.output, self.step, self.record, tensors, self.save_adapter, replace=replace)
             self.forget_outdated(folder.name)
             prune_checkpoints(self.output, self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
         self.last_good = folder
         return folder
+
+    @contextmanager
+    def telling_what_is_kept(self) -> Iterator[None]:
+        """A file that cannot be written (a full disk, mostly) ends the run, but not what was saved before."""
+        try:
+            yield
+        except QrloraError as error:
+            kept = (
+                f"The last complete checkpoint is {self.last_good}; make room and continue with resume: latest."
+                if self.last_good
+                else "No checkpoint was written before that."
+            )
+            raise QrloraError(f"{error} {kept}") from error
 
     def forget_outdated(self, *written: str) -> None:
         """Remove what this run made outdated, now that the names in `written` are there."""
@@ -153,13 +206,13 @@ class Run:
         if self.step % config.checkpointing_steps == 0:
             self.checkpoint()
         if self.validation is not None and self.place.main and (self.step % config.validation_steps == 0 or last):
-            with self.autocast():
-                pictures = self.validation.run(self.model, self.step)
-            self.trackers.pictures(pictures, self.step)
+            with self.autocast(), self.shown(), self.telling_what_is_kept():
+                self.trackers.pictures(self.validation.run(self.model, self.step), self.step)
         if self.place.main and report.due(self.step):
             report.show(self.step, self.note())
         if self.trackers.due(self.step) or last:
-            self.trackers.curves(self.curves, self.step, self.rates)
+            with self.telling_what_is_kept():
+                self.trackers.curves(self.curves, self.step, self.rates)
         if on_step is not None:
             on_step(self.step, config.max_train_steps)
         if self._asked_to_stop(stop) and not last:

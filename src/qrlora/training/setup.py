@@ -1,14 +1,13 @@
-"""From a configuration to a model with a trainable adapter and cached inputs."""
+"""From a configuration to a model with a trainable adapter."""
 
 import hashlib
-import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -16,28 +15,31 @@ from torch import nn
 
 from qrlora.adapter import (
     BasisCache,
+    adapters_set_aside,
     add_adapter,
     attach_adapter,
     basis_notice,
+    pipeline_adapter_names,
     ranks_of,
-    remove_adapter,
+    remove_from_pipeline,
     restore_kept,
     set_adapters,
     target_layers,
     trainable_parameters,
 )
-from qrlora.data import Encoded, Example, encode_examples
+from qrlora.data import training_sizes
 from qrlora.errors import QrloraError, QrloraWarning
 from qrlora.formats import read_adapter
 from qrlora.models import LoadedModel, load_pipeline, read_settings
 from qrlora.training.checkpoint import CURVES, KEPT, Checkpoint
 from qrlora.training.config import TrainConfig
-from qrlora.training.optimiser import load_optimiser_tensors
+from qrlora.training.ema import EMA, MovingAverage
+from qrlora.training.memory import as_loaded, with_preset
+from qrlora.training.optimiser import GROUP, load_optimiser_tensors
 from qrlora.training.progress import ProgressReport
 
 ADAPTER_NAME = "being_trained"
 Precision = Literal["no", "bf16"]
-_TRIGGER = re.compile(r"<[^<>\s]+>")
 
 
 @dataclass(frozen=True)
@@ -93,24 +95,37 @@ def choose_precision(
 def load_model(
     config: TrainConfig, loaded: LoadedModel | None, device: torch.device, start: Checkpoint | None = None
 ) -> tuple[LoadedModel, TrainConfig]:
-    """The model, in the base's dtype, and the configuration with nothing left open.
+    """The model, in the base's dtype and without its denoiser's weights, and the configuration with nothing left open.
 
-    A model that was given stays in its dtype, which decides where neither configuration nor model do.
+    A model that was given is whole and stays as it was loaded: in its dtype, which decides where neither configuration
+    nor model do, quantised and offloaded as it is.
     """
     if loaded is None:
         source = config.model or _embedded()
         precision = choose_precision(config, read_settings(source).training, device, start)
-        # On the CPU first: encoders and denoiser take turns on the device.
-        loaded = load_pipeline(source, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-        config = config.with_defaults(loaded.training)
+        # On the CPU: encoders and denoiser take turns, in its memory and on the device.
+        loaded = load_pipeline(source, dtype=torch.bfloat16 if precision == "bf16" else torch.float32, denoiser=False)
+        config = config.with_defaults(with_preset(config, loaded))
+        loaded.keep_as(config.quantization, config.offload, config.encoder_offload)
     else:
-        config = config.with_defaults(loaded.training)
+        config = as_loaded(config.with_defaults(with_preset(config, loaded)), loaded)
         precision = config.mixed_precision or ("bf16" if loaded.denoiser.dtype == torch.bfloat16 else "no")
     resolution = config.resolution or loaded.defaults.height
     multiple = loaded.family.latent_multiple(loaded.pipeline)
     if resolution % multiple:
         raise QrloraError(f"resolution={resolution} must be a multiple of {multiple} for {loaded.model_id}.")
-    return loaded, config.model_copy(update={"mixed_precision": precision, "resolution": resolution})
+    training_sizes(config.aspect_ratio_buckets, resolution, multiple)  # refused before anything is read
+    if config.guidance_scale != 1 and not loaded.family.has_guidance_embedding(loaded.denoiser):
+        warnings.warn(
+            f"guidance_scale={config.guidance_scale} has no effect on the training: {loaded.model_id} has no guidance "
+            "embedding.",
+            QrloraWarning,
+            stacklevel=3,
+        )
+    settled: dict[str, Any] = {"mixed_precision": precision, "resolution": resolution}
+    if config.train_text_encoder:
+        settled["text_encoder_lr"] = config.text_encoder_lr or config.learning_rate
+    return loaded, config.model_copy(update=settled)
 
 
 def _embedded() -> str:
@@ -119,36 +134,22 @@ def _embedded() -> str:
     return str(path())
 
 
-def encode(config: TrainConfig, model: LoadedModel, examples: list[Example], device: torch.device) -> Encoded:
-    """The cached inputs, with the encoders moved to `device` for the purpose."""
-    for name in model.family.text_components + model.family.picture_components:
-        getattr(model.pipeline, name).to(device)
-    return encode_examples(
-        examples,
-        model.family,
-        model.pipeline,
-        max_sequence_length=model.defaults.max_sequence_length,
-        random_flip=config.random_flip,
-        use_masks=config.mask_loss,
-    )
-
-
 @contextmanager
 def borrowed(model: LoadedModel, *, give_back: bool) -> Iterator[None]:
-    """Afterwards, a caller's model is as it was: no adapter of ours, encoders and device restored."""
-    device = model.denoiser.device
-    active = model.denoiser.active_adapters() if getattr(model.denoiser, "peft_config", None) else []
+    """Afterwards, a caller's model is as it was: no adapter of ours, its own active again, encoders and device
+    restored."""
+    device = model.device
     try:
-        yield
+        with adapters_set_aside(model.pipeline):
+            try:
+                yield
+            finally:
+                model.denoiser.disable_gradient_checkpointing()
+                if ADAPTER_NAME in pipeline_adapter_names(model.pipeline):
+                    remove_from_pipeline(model.pipeline, ADAPTER_NAME)
     finally:
-        denoiser = model.denoiser
-        denoiser.disable_gradient_checkpointing()
-        if ADAPTER_NAME in (getattr(denoiser, "peft_config", None) or {}):
-            remove_adapter(denoiser, ADAPTER_NAME)
-        if active:
-            denoiser.set_adapter(active)
         if give_back:
-            denoiser.to(device)
+            model.load_denoiser(device)
             model.restore_encoders(device)
 
 
@@ -179,11 +180,12 @@ def _add_new(config: TrainConfig, denoiser: nn.Module, cache: BasisCache | None,
     def advance(done: int, total: int) -> None:
         nonlocal report
         report = report or ProgressReport("basis", total, shown=progress).start()
-        if report.due(done) and (report.on_terminal or report.slow):
-            report.show(done)
+        report.show_if_slow(done)
 
     try:
-        add_adapter(denoiser, config.adapter, ADAPTER_NAME, cache=cache, progress=advance)
+        # Also where the denoiser's blocks are kept on the CPU.
+        place = cast(Any, denoiser).device
+        add_adapter(denoiser, config.adapter, ADAPTER_NAME, cache=cache, progress=advance, device=place)
     finally:
         if report is not None:
             report.close()
@@ -201,7 +203,7 @@ def _attach_initial(config: TrainConfig, denoiser: nn.Module, path: str, cache: 
         raise QrloraError(
             f"init_from: {path} has mask {adapter.header.mask!r}, but adapter.mask is {spec.mask!r}; make them equal."
         )
-    _check_layers(path, set(adapter.layers), set(target_layers(denoiser, spec.target_modules)))
+    _check_layers(path, set(adapter.layers), set(target_layers(denoiser, spec.target_modules, spec.blocks)))
     attach_adapter(denoiser, adapter, ADAPTER_NAME, trainable=True, spec=spec, cache=cache)
 
 
@@ -210,9 +212,9 @@ def _check_layers(path: str, has: set[str], wants: set[str]) -> None:
         return
     odd = min(has ^ wants)
     told = (
-        f"adapts {odd}, which adapter.target_modules does not mean"
+        f"adapts {odd}, which adapter.target_modules and adapter.blocks do not mean"
         if odd in has
-        else f"does not adapt {odd}, which adapter.target_modules means"
+        else f"does not adapt {odd}, which adapter.target_modules and adapter.blocks mean"
     )
     raise QrloraError(
         f"init_from: {path} {told}; set adapter.target_modules to the file's own layers (qrlora inspect --json lists "
@@ -237,9 +239,10 @@ def restore(
     denoiser: nn.Module,
     optimiser: torch.optim.Optimizer,
     parameters: dict[str, nn.Parameter],
+    average: MovingAverage | None,
     curves: torch.Tensor,
 ) -> None:
-    """Coefficients, frozen tensors, optimiser states and curves as they were at the checkpoint.
+    """Coefficients, frozen tensors, optimiser states, average and curves as they were at the checkpoint.
 
     Raises:
         QrloraError: the checkpoint holds other parameters than this model's adapter.
@@ -254,23 +257,16 @@ def restore(
     tensors = start.tensors()
     past = tensors.pop(CURVES)
     kept = {key.removeprefix(KEPT): tensors.pop(key) for key in list(tensors) if key.startswith(KEPT)}
-    stored = {key.partition("/")[2] for key in tensors}
+    averages = {key.removeprefix(EMA): tensors.pop(key) for key in list(tensors) if key.startswith(EMA)}
+    stored = {key.partition("/")[2] for key in tensors if not key.startswith(GROUP)}
     if stored != set(parameters):
         odd = sorted(stored ^ set(parameters))[0]
         raise QrloraError(f"{start.folder} does not fit this adapter: {odd} is in one of them only.")
     restore_kept(denoiser, ADAPTER_NAME, kept)
     load_optimiser_tensors(optimiser, parameters, tensors)
+    if average is not None:
+        average.load(averages)
     curves[:, : start.step] = past.to(curves.device)
-
-
-def trigger_words(examples: list[Example]) -> list[str]:
-    """The `<...>` tokens of the captions, in order of appearance."""
-    return list(dict.fromkeys(word for example in examples for word in _TRIGGER.findall(example.caption)))
-
-
-def captions_of(examples: list[Example], limit: int = 20) -> list[str]:
-    """The first distinct captions, for the result's header."""
-    return list(dict.fromkeys(example.caption for example in examples))[:limit]
 
 
 def plain_settings(config: TrainConfig) -> dict[str, Any]:

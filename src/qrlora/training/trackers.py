@@ -1,7 +1,10 @@
 """accelerate's trackers (tensorboard, wandb...), fed in batches so that the device is not read every step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from accelerate import Accelerator
 from PIL import Image
@@ -33,9 +36,22 @@ class Trackers:
                 f"report_to={config.report_to} is not installed; pip install {config.report_to}, or leave report_to "
                 "out."
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        accelerator.init_trackers("qrlora", config=plain_settings(config))
-        self._accelerator = accelerator
+        self._accelerator, self._name = accelerator, config.report_to
+        with self._writing():
+            folder.mkdir(parents=True, exist_ok=True)
+            accelerator.init_trackers("qrlora", config=plain_settings(config))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except QrloraError:
+            if error is None:  # else what went wrong first is what to tell
+                raise
 
     def due(self, step: int) -> bool:
         """Whether `curves` would log something worth reading the device for."""
@@ -49,15 +65,25 @@ class Trackers:
         losses, norms = curves[:, first:step].tolist()
         for offset, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
             values = {"loss": loss, "grad_norm": norm, "lr": rates(first + offset)}
-            self._accelerator.log(values, step=first + offset + 1)
+            with self._writing():
+                self._accelerator.log(values, step=first + offset + 1)
         self._logged = step
 
     def pictures(self, pictures: list[Image.Image], step: int) -> None:
         """Log validation pictures."""
         if self._accelerator is not None:
-            log_pictures(self._accelerator.trackers, pictures, step)
+            with self._writing():
+                log_pictures(self._accelerator.trackers, pictures, step)
 
     def close(self) -> None:
         """Flush and close."""
         if self._accelerator is not None:
-            self._accelerator.end_training()
+            with self._writing():
+                self._accelerator.end_training()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise QrloraError(f"report_to={self._name} cannot log: {error.strerror or error}.") from error

@@ -80,7 +80,7 @@ def test_fused_names_with_dots(tmp_path: Path) -> None:
 def test_the_account_of_keys(tmp_path: Path) -> None:
     B, A = factors(rows=9)
     stem = "diffusion_model.double_blocks.0.img_attn.qkv"
-    others = {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": B, "what.is.this": A}
+    others = {"lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_up.weight": B, "what.is.this": A}
     path = save({f"{stem}.lora_B.weight": B, f"{stem}.lora_A.weight": A, **others}, tmp_path / "a.safetensors")
     with pytest.raises(QrloraError, match=r"2 of 4 keys .* ComfyUI, 1 of them of text encoders: .*what\.is\.this"):
         read_adapter(path)

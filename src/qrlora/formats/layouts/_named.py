@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import get_args
 
 from qrlora.errors import QrloraError
-from qrlora.formats._adapter import Adapter, LowRank
+from qrlora.formats._adapter import TEXT_ENCODERS, Adapter, LowRank
 from qrlora.formats.keys import TABLES, Family, KeyTable, Target
 from qrlora.formats.layouts._fused import fuse
 
@@ -20,6 +20,8 @@ def original_layers(adapter: Adapter, family: Family | None) -> tuple[Family, di
         QrloraError: a layer that has no name there, or a family that the layers do not tell.
     """
     adapter.check_low_rank("exported as a LoRA")
+    if adapter.component in TEXT_ENCODERS:
+        raise QrloraError(f"{adapter.label} adapts text encoders alone, which only diffusers' layout can hold here.")
     table = _table(adapter, family)
     targets: dict[str, Target] = {}
     parts: dict[str, dict[str, LowRank]] = {}

@@ -11,8 +11,8 @@ from torch import Tensor
 from qrlora.basis import Side, is_orthonormal
 from qrlora.errors import QrloraError
 from qrlora.formats._adapter import Adapter, Header, LowRank, check_pair
+from qrlora.formats._factors import natural_key
 from qrlora.formats._layout import AdapterFile
-from qrlora.formats._native import natural_key
 from qrlora.formats.layouts._spelled import check_floating
 
 _KEY = re.compile(r"transformer\.(.+)\.lora\.(q|delta_r|base_r)\.weight")

@@ -24,8 +24,10 @@ from qrlora.formats._adapter import (
     check_pair,
     scaled_pair,
 )
+from qrlora.formats._encoders import EncoderKey, companions_of, together
+from qrlora.formats._factors import natural_key
+from qrlora.formats._header import read_header
 from qrlora.formats._layout import AdapterFile
-from qrlora.formats._native import natural_key, read_header
 from qrlora.formats.keys import TABLES, Part, Target
 from qrlora.formats.layouts._fused import split
 
@@ -111,12 +113,25 @@ def _diffusers_names(name: str, suffix: str) -> Iterator[str]:
         yield name.replace(".processor.", ".")
 
 
+def named(keys: Iterable[Spelled], encoders: Mapping[str, EncoderKey]) -> dict[str, str]:
+    """What each key belongs to: the layers of the denoiser, or the component and layer of a text encoder."""
+    layers = {each.key: ", ".join(part.path for part in each.target.parts) for each in keys}
+    return layers | {key: each.path for key, each in encoders.items()}
+
+
 def assemble(file: AdapterFile, keys: Iterable[Spelled], tensors: Mapping[str, Tensor]) -> Adapter:
-    """The adapter that these keys describe, with every alpha baked in and fused layers taken apart.
+    """The adapter that these keys describe, with every alpha baked in and fused layers taken apart; with those of text
+    encoders, however they are spelled.
 
     Raises:
         QrloraError: a layer or a factor is there twice or missing, two components, values that are not finite.
     """
+    own = list(keys)
+    encoders = companions_of(file.source, tensors, file.metadata, {}, only=not own)
+    return together(_denoiser(file, own, tensors) if own else None, encoders)
+
+
+def _denoiser(file: AdapterFile, keys: Iterable[Spelled], tensors: Mapping[str, Tensor]) -> Adapter:
     header = read_header(file.source, file.metadata)
     found: dict[str, dict[Role, Spelled]] = {}
     targets: dict[str, Target] = {}

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from qrlora.formats._adapter import Adapter
+from qrlora.formats._encoders import encoder_keys, encoder_tensors
+from qrlora.formats._header import header_metadata
 from qrlora.formats._layout import AdapterFile, Evidence, ReadOptions, WritableLayout, WriteOptions, register_layout
-from qrlora.formats._native import cast_to_save, checked_path, header_metadata
 from qrlora.formats._safetensors import write_safetensors
+from qrlora.formats._saving import cast_to_save, checked_path
 from qrlora.formats.layouts._named import original_layers
-from qrlora.formats.layouts._spelled import Spelled, assemble, spelled
+from qrlora.formats.layouts._spelled import Spelled, assemble, named, spelled
 
 PREFIX = "diffusion_model."
 # Read by the kohya and the diffusers layouts, where the names are diffusers'.
@@ -34,10 +36,13 @@ class Comfy(WritableLayout):
             return None
         spellings = Counter((each.prefix, each.suffix) for each in keys if each.role != "alpha")
         (prefix, suffix), _ = (spellings or Counter([(PREFIX, ".alpha")])).most_common(1)[0]
-        return Evidence(len(keys), f"{len(keys)} keys are spelled as ComfyUI reads them, most {prefix}LAYER{suffix}")
+        encoders = len(encoder_keys(file.entries))
+        return Evidence(
+            len(keys) + encoders, f"{len(keys)} keys are spelled as ComfyUI reads them, most {prefix}LAYER{suffix}"
+        )
 
     def match(self, file: AdapterFile, options: ReadOptions) -> Mapping[str, str]:
-        return {each.key: ", ".join(part.path for part in each.target.parts) for each in _keys(file)}
+        return named(_keys(file), encoder_keys(file.entries))
 
     def build(self, file: AdapterFile, tensors: Mapping[str, Tensor], options: ReadOptions) -> Adapter:
         return assemble(file, _keys(file), tensors)
@@ -50,7 +55,8 @@ class Comfy(WritableLayout):
             tensors[f"{stem}.lora_down.weight"] = cast_to_save(name, pair.A, options.save_dtype)
             tensors[f"{stem}.lora_up.weight"] = cast_to_save(name, pair.B, options.save_dtype)
             tensors[f"{stem}.alpha"] = torch.tensor(float(pair.rank))
-        metadata = {"format": "pt", **header_metadata(adapter.header)}
+        tensors |= encoder_tensors(adapter, options.save_dtype)
+        metadata = {"format": "pt", **header_metadata(adapter)}
         return write_safetensors(checked_path(path), tensors, metadata)
 
 

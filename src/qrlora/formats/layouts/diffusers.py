@@ -7,10 +7,13 @@ from pathlib import Path
 from torch import Tensor
 
 from qrlora.formats._adapter import Adapter
+from qrlora.formats._encoders import encoder_keys
+from qrlora.formats._header import HEADER_KEY
 from qrlora.formats._layout import AdapterFile, Evidence, ReadOptions, WritableLayout, WriteOptions, register_layout
-from qrlora.formats._native import HEADER_KEY, adapter_from, write_native
+from qrlora.formats._native import adapter_from, write_native
 from qrlora.formats.layouts._spelled import spelled
 
+_ENCODERS = ("text_encoder.", "text_encoder_2.")
 _KEY = re.compile(r"(?:transformer|unet)\.(.+)\.(?:lora_[AB]\.weight|alpha|lora_magnitude_vector(?:\.weight)?)")
 
 
@@ -27,7 +30,9 @@ class Diffusers(WritableLayout):
 
     def match(self, file: AdapterFile, options: ReadOptions) -> Mapping[str, str]:
         found = {text: match for text in file.entries if (match := _KEY.fullmatch(text)) and not _original(text)}
-        return {text: match[1] for text, match in found.items()}
+        # Of text encoders with the spellings of years ago too, which diffusers' scripts wrote for longer.
+        encoders = {key: each for key, each in encoder_keys(file.entries).items() if each.prefix in _ENCODERS}
+        return {text: match[1] for text, match in found.items()} | {key: each.path for key, each in encoders.items()}
 
     def build(self, file: AdapterFile, tensors: Mapping[str, Tensor], options: ReadOptions) -> Adapter:
         return adapter_from(file.source, tensors, file.metadata)

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from qrlora.formats._adapter import Adapter
+from qrlora.formats._encoders import KOHYA_PREFIXES, encoder_keys, encoder_tensors
+from qrlora.formats._header import header_metadata
 from qrlora.formats._layout import AdapterFile, Evidence, ReadOptions, WritableLayout, WriteOptions, register_layout
-from qrlora.formats._native import cast_to_save, checked_path, header_metadata
 from qrlora.formats._safetensors import write_safetensors
+from qrlora.formats._saving import cast_to_save, checked_path
 from qrlora.formats.keys import Family
 from qrlora.formats.layouts._named import original_layers
-from qrlora.formats.layouts._spelled import Spelled, assemble, spelled
+from qrlora.formats.layouts._spelled import Spelled, assemble, named, spelled
 
 PREFIX = "lora_unet_"
+_ENCODERS = KOHYA_PREFIXES
 _MODULES: Mapping[Family, str] = {
     "flux": "networks.lora_flux",
     "sd3": "networks.lora_sd3",
@@ -31,11 +34,12 @@ class Kohya(WritableLayout):
     title = "kohya sd-scripts"
 
     def detect(self, file: AdapterFile, options: ReadOptions) -> Evidence | None:
-        keys = [key for key in file.entries if key.startswith(PREFIX)]
-        return Evidence(len(keys), f"{len(keys)} keys start with {PREFIX}") if keys else None
+        keys = [key for key in file.entries if key.startswith((PREFIX, *_ENCODERS))]
+        return Evidence(len(keys), f"{len(keys)} keys start with {PREFIX} or lora_te") if keys else None
 
     def match(self, file: AdapterFile, options: ReadOptions) -> Mapping[str, str]:
-        return {each.key: ", ".join(part.path for part in each.target.parts) for each in _keys(file)}
+        encoders = {key: each for key, each in encoder_keys(file.entries).items() if each.prefix in _ENCODERS}
+        return named(_keys(file), encoders)
 
     def build(self, file: AdapterFile, tensors: Mapping[str, Tensor], options: ReadOptions) -> Adapter:
         return assemble(file, _keys(file), tensors)
@@ -49,6 +53,7 @@ class Kohya(WritableLayout):
             tensors[f"{stem}.lora_up.weight"] = cast_to_save(name, pair.B, options.save_dtype)
             # fp32 always: bf16 has no 513.
             tensors[f"{stem}.alpha"] = torch.tensor(float(pair.rank))
+        tensors |= encoder_tensors(adapter, options.save_dtype)
         rank = str(max(pair.rank for pair in pairs.values()))
         metadata = {
             "format": "pt",
@@ -56,7 +61,7 @@ class Kohya(WritableLayout):
             "ss_network_dim": rank,
             "ss_network_alpha": rank,
         }
-        return write_safetensors(checked_path(path), tensors, metadata | header_metadata(adapter.header))
+        return write_safetensors(checked_path(path), tensors, metadata | header_metadata(adapter))
 
 
 def _keys(file: AdapterFile) -> list[Spelled]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from qrlora.formats._adapter import Adapter
+from qrlora.formats._header import read_header
 from qrlora.formats._layout import AdapterFile, Evidence, ReadOptions, WritableLayout, WriteOptions, register_layout
-from qrlora.formats._native import read_header
 from qrlora.formats._own_form import own_form_from, write_own_form
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from qrlora.basis import make_basis
 from qrlora.errors import QrloraError
 from qrlora.formats._adapter import Adapter, LowRank, check_pair
+from qrlora.formats._factors import natural_key
 from qrlora.formats._layout import AdapterFile, Evidence, Layout, ReadOptions, register_layout
-from qrlora.formats._native import natural_key
 from qrlora.formats.layouts import _q_and_delta as stored
 from qrlora.formats.layouts._spelled import check_floating
 

@@ -1,0 +1,138 @@
+"""Factors as files of diffusers and peft hold them, paired up by layer."""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from qrlora.errors import QrloraError
+from qrlora.formats._adapter import MAGNITUDE, Header, LowRank, check_finite, check_pair
+
+# Initialisations after which `W + scale * B A` is what the file means; the others (pissa, olora, ...) also change the
+# base.
+_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+_MEANS_MORE = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "use_qalora",
+    "use_bdlora",
+    "kasa_config",
+    "layer_replication",
+)
+
+
+def layers_of(
+    source: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], header: Header | None
+) -> tuple[dict[str, LowRank], dict[str, dict[str, Tensor]]]:
+    """Pair up `{layer}.lora_A.weight` and `{layer}.lora_B.weight`, in fp32, with the scale of `config` baked in.
+
+    Returns:
+        The pairs by layer, and DoRA's magnitudes by layer and key.
+    """
+    factors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, found, factor = _split(key)
+        if not found:
+            raise QrloraError(
+                f"{source}: {key} is not a key of a LoRA as diffusers or peft write it "
+                "(LAYER.lora_A.weight, LAYER.lora_B.weight); convert the file first."
+            )
+        if not tensor.is_floating_point():
+            raise QrloraError(f"{source}: {key} has dtype {tensor.dtype}; the factors of a LoRA are floating point.")
+        check_finite(f"{source}: {key}", tensor)
+        factors.setdefault(name, {})[factor] = tensor.float()
+    own = _magnitudes_of(source, factors, config)
+    _check_plain(source, {**config, "use_dora": False} if own else config)
+    layers: dict[str, LowRank] = {}
+    for name in sorted(factors, key=natural_key):
+        pair = factors[name]
+        for factor in ("lora_A", "lora_B"):
+            if factor not in pair:
+                raise QrloraError(f"{source}: {name}.{factor}.weight is missing while its other factor is there.")
+        layers[name] = _with_scale(
+            f"{source}: {name}", LowRank(pair["lora_B"], pair["lora_A"]), name, pair, config, header
+        )
+    return layers, own
+
+
+def _magnitudes_of(
+    source: Path, factors: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any]
+) -> dict[str, dict[str, Tensor]]:
+    """DoRA's tensors; there for every layer or for none."""
+    own = {name: {MAGNITUDE: parts[MAGNITUDE]} for name, parts in factors.items() if MAGNITUDE in parts}
+    if not own and not config.get("use_dora"):
+        return {}
+    for name, parts in factors.items():
+        if name not in own:
+            raise QrloraError(f"{source} uses peft's use_dora, but {name}.{MAGNITUDE} is missing.")
+        size = own[name][MAGNITUDE].numel()
+        if "lora_B" in parts and size != parts["lora_B"].shape[0]:
+            raise QrloraError(f"{source}: {name}.{MAGNITUDE} has {size} values, which does not fit its lora_B.")
+    return own
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Sort key that keeps block 2 before block 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _split(key: str) -> tuple[str, bool, str]:
+    match = re.fullmatch(rf"(.+)\.(?:(lora_[AB])\.weight|(alpha)|({MAGNITUDE})(?:\.weight)?)", key)
+    if match is None:
+        return "", False, ""
+    return match[1], True, match[2] or match[3] or match[4]
+
+
+def _with_scale(
+    label: str, pair: LowRank, name: str, found: Mapping[str, Tensor], config: Mapping[str, Any], header: Header | None
+) -> LowRank:
+    check_pair(label, pair)
+    rank = pair.rank
+    try:
+        alpha = (
+            float(found["alpha"]) if "alpha" in found else _pattern(config, "alpha_pattern", "lora_alpha", name, rank)
+        )
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise QrloraError(f"{label} has an alpha, or an alpha_pattern, that cannot be used: {error}.") from error
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    if not math.isfinite(scale):
+        raise QrloraError(f"{label} has the alpha {alpha}, which is not a finite number.")
+    if scale == 1:
+        return pair
+    if header is not None and header.side == "output":
+        return LowRank(pair.B, pair.A * scale)
+    return LowRank(pair.B * scale, pair.A)
+
+
+def _pattern(config: Mapping[str, Any], patterns: str, default: str, name: str, otherwise: float) -> float:
+    """A layer's value by peft's own rule: the first pattern that matches the end of the path, else the default.
+
+    Only names of layers, as tools write them, are taken for patterns: a stranger's expression may never end.
+    """
+    for pattern, value in cast(dict[str, float], config.get(patterns) or {}).items():
+        whole, path = pattern.startswith("^"), pattern.removeprefix("^").removesuffix("$")
+        path = re.sub(r"\\([^\w\s])", r"\1", path)
+        if not re.fullmatch(r"[\w.-]+", path):
+            raise ValueError(f"{patterns} has {pattern[:80]!r}, which is not the name of a layer")
+        if name == path or (not whole and name.endswith(f".{path}")):
+            return float(value)
+    return float(config.get(default, otherwise))
+
+
+def _check_plain(source: Path, config: Mapping[str, Any]) -> None:
+    for key in _MEANS_MORE:
+        if config.get(key):
+            raise QrloraError(
+                f"{source} uses peft's {key}, so it is more than W + B A; merge it down to a plain LoRA first."
+            )
+    if config.get("bias", "none") != "none":
+        raise QrloraError(f"{source} also trained biases (bias={config['bias']!r}), which cannot be kept.")
+    if config.get("init_lora_weights") not in _PLAIN_INITS:
+        raise QrloraError(
+            f"{source} says init_lora_weights={config['init_lora_weights']!r}, so it belongs to a changed base; "
+            "convert it to a plain LoRA with peft's path_initial_model_for_weight_conversion first."
+        )
