@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qrlora.adapter import (
     AdapterSpec,
+    _pipeline,
     adapter_of,
     adapter_of_pipeline,
     adapters_disabled,
@@ -22,6 +23,7 @@ from qrlora.adapter import (
     attach_adapter,
     attach_to_pipeline,
     check_fits_pipeline,
+    pipeline_adapter_names,
     pipeline_adapters_disabled,
     remove_adapter,
     remove_from_pipeline,
@@ -278,6 +280,44 @@ def test_refusals_name_the_component_and_change_nothing(tmp_path: Path) -> None:
         add_adapter(pipeline.text_encoder, AdapterSpec(rank=4, basis="dora"), "content")
     with pytest.raises(QrloraError, match="Linear is not a diffusers denoiser that takes adapters; pass"):
         add_adapter(torch.nn.Linear(3, 3), AdapterSpec(rank=4), "content")
+
+
+def test_an_attachment_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = tiny("flux")
+    adapter = adapt("flux", tiny("flux"), "content")
+    attach_to_pipeline(pipeline, adapter, "first")
+    before = latents(pipeline)
+    real = _pipeline.attach_adapter
+
+    def failing(module: Any, part: Adapter, name: str, **fields: Any) -> list[str]:
+        layers = real(module, part, name, **fields)
+        if part.component == "text_encoder":
+            raise KeyboardInterrupt
+        return layers
+
+    monkeypatch.setattr(_pipeline, "attach_adapter", failing)
+    with pytest.raises(KeyboardInterrupt):
+        attach_to_pipeline(pipeline, adapter, "second")
+    assert pipeline_adapter_names(pipeline) == ("first",)
+    assert torch.equal(latents(pipeline), before)
+    fresh = tiny("flux")
+    base = latents(fresh)
+    with pytest.raises(KeyboardInterrupt):
+        attach_to_pipeline(fresh, adapter, "second")
+    assert pipeline_adapter_names(fresh) == ()
+    assert torch.equal(latents(fresh), base)
+
+
+def test_a_name_is_new_on_the_whole_pipeline_and_forms_are_checked_before() -> None:
+    pipeline = tiny("flux")
+    adapter = adapt("flux", tiny("flux"), "content")
+    attach_adapter(pipeline.text_encoder, adapter.companions["text_encoder"], "taken")
+    with pytest.raises(QrloraError, match="already an adapter 'taken'"):
+        attach_to_pipeline(pipeline, adapter.alone(), "taken")
+    assert adapter.header is not None
+    unknown = replace(adapter, header=adapter.header.model_copy(update={"form": "newer"}))
+    with pytest.raises(QrloraError, match="of the form 'newer', and known are"):
+        check_fits_pipeline(pipeline, unknown)
 
 
 @pytest.mark.parametrize("spelling", ["peft", "before peft"])

@@ -84,6 +84,16 @@ def test_none_acting_is_the_base_bit_for_bit(kind: str) -> None:
         assert not torch.equal(output(denoiser, given), base)
 
 
+def test_disabled_layers_are_disabled_again() -> None:
+    denoiser, given = _with_two("flux"), _inputs_at("flux", 600.0)
+    with adapters_disabled(denoiser):
+        base = output(denoiser, given)
+        with adapters_by_timestep(denoiser, WEIGHTS, RANGES, _scale("flux")):
+            assert not torch.equal(output(denoiser, given), base)
+        assert torch.equal(output(denoiser, given), base)
+    assert not torch.equal(output(denoiser, given), base)
+
+
 def test_a_positional_timestep_is_found() -> None:
     denoiser, given = _with_two("unet"), _inputs_at("unet", 800.0)
     expected = _by_hand(denoiser, "unet", 800.0)

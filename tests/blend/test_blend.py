@@ -286,3 +286,19 @@ def test_bad_input_is_refused_before_anything_is_written(
 def test_contradictions_are_told(changes: dict, words: str) -> None:
     with pytest.raises(QrloraError, match=words):
         BlendConfig.model_validate(changes)
+
+
+def test_a_painter_heeds_its_settings_and_draws_anew_when_told(model: LoadedModel) -> None:
+    painter = Painter(model, None, model.defaults)
+    first = painter.paint("a <c> dog", 1, {})
+    assert painter.paint("a <c> dog", 1, {}) is first
+    painter.settings = model.defaults.model_copy(update={"num_inference_steps": 1, "max_sequence_length": 8})
+    other = painter.paint("a <c> dog", 1, {})
+    assert ImageChops.difference(other.image, first.image).getbbox() is not None
+    fresh = Painter(model, None, painter.settings).paint("a <c> dog", 1, {})
+    assert ImageChops.difference(other.image, fresh.image).getbbox() is None
+    painter.settings = model.defaults
+    assert painter.paint("a <c> dog", 1, {}) is first
+    again = painter.paint("a <c> dog", 1, {}, anew=True)
+    assert again is not first
+    assert ImageChops.difference(again.image, first.image).getbbox() is None

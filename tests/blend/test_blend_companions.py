@@ -1,6 +1,7 @@
 """Pictures and blends with adapters whose text encoders were adapted too."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from qrlora.adapter import pipeline_adapter_names
 from qrlora.blend import BlendResult, Painter, blend
 from qrlora.cli import main
+from qrlora.errors import QrloraError
 from qrlora.formats import read_adapter
-from qrlora.models import LoadedModel, load_pipeline
+from qrlora.models import BlockStream, LoadedModel, load_pipeline
 from tests.adapter.test_text_encoders import ENCODERS, adapt
 from tests.blend.conftest import MakeConfig
 
@@ -122,6 +125,38 @@ def test_within_a_range_the_prompt_is_read_with_the_adapter(painter: Painter) ->
     never = pixels(painter.paint(PROMPT, 3, {"style": 1.0}, {"style": (0.0, 0.0)}))
     assert not np.array_equal(never, pixels(painter.paint(PROMPT, 3, {})))
     assert not np.array_equal(never, pixels(painter.paint(PROMPT, 3, {"style": 1.0})))
+
+
+def test_an_adapter_of_words_alone_beside_a_range(painter: Painter, files: dict[str, Path], tmp_path: Path) -> None:
+    words = replace(read_adapter(files["content"]).companions["text_encoder"], companions={})
+    painter.attach("words", words.save(tmp_path / "words.safetensors"))
+    weights = {"words": 1.0, "bare": 1.0}
+    never = pixels(painter.paint(PROMPT, 3, weights, {"bare": (0.0, 0.0)}))
+    assert np.array_equal(never, pixels(painter.paint(PROMPT, 3, {"words": 1.0})))
+    with pytest.raises(QrloraError, match=r"words\.safetensors adapts text encoders alone, which act at all timesteps"):
+        painter.paint(PROMPT, 3, weights, {"words": (0.0, 500.0)})
+
+
+def test_what_cannot_be_placed_is_taken_off_again(
+    painter: Painter, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_model: LoadedModel) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(LoadedModel, "settle", failing)
+    with pytest.raises(MemoryError):
+        painter.attach("again", files["content"])
+    assert "again" not in (*painter._files, *pipeline_adapter_names(painter.loaded.pipeline))
+
+
+def test_streamed_encoders_are_settled_too(
+    folder: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_pipeline(folder, offload="blocks", encoder_offload="blocks")
+    painter, settled = Painter(loaded, None, loaded.defaults), list[Any]()
+    monkeypatch.setattr(BlockStream, "settle", lambda stream: settled.append(stream.model))
+    painter.attach("content", files["content"])
+    assert {loaded.denoiser, loaded.pipeline.text_encoder} <= set(settled)
 
 
 def test_generate_and_repeat(

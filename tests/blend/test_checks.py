@@ -11,11 +11,12 @@ from PIL import Image
 
 from qrlora.blend import BlendConfig, BlendResult, blend, roles, settings_of
 from qrlora.blend.job import forget_pictures
-from qrlora.blend.roles import fill_trainings, plan_parts
+from qrlora.blend.roles import agree_on_memory, fill_trainings, plan_parts
 from qrlora.errors import QrloraError
 from qrlora.formats import LowRank, read_adapter
 from qrlora.models import GenerationDefaults, LoadedModel
 from qrlora.models.flux import FLUX
+from qrlora.training import TrainConfig
 from tests.blend.conftest import MakeConfig
 
 
@@ -118,11 +119,40 @@ def test_settings_are_validated_where_they_meet(given: dict, words: str) -> None
 
 
 def test_what_the_configurations_say_of_the_model(make_config: MakeConfig, tmp_path: Path) -> None:
-    content, style = tmp_path / "content.yaml", tmp_path / "style.yaml"
+    content, style, output = tmp_path / "content.yaml", tmp_path / "style.yaml", tmp_path / "out"
     content.write_text("model: somebody/some-model\nmemory: 12gb\n", encoding="utf-8")
     style.write_text("memory: 24gb\n", encoding="utf-8")
-    with pytest.raises(QrloraError, match=r"content.yaml names the model somebody/some-model, .* add --model somebody"):
-        blend(make_config(tmp_path / "out", content_config=content, model=None), progress=False)
-    with pytest.raises(QrloraError, match="ask for memory 12gb and 24gb; give one for both with --memory"):
-        blend(make_config(tmp_path / "out", content_config=content, style_config=style), progress=False)
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(QrloraError, match=r"content.yaml names the model somebody/some-model, .* give --model some"):
+        blend(make_config(output, content_config=content, model=None), progress=False)
+    content.write_text("memory: 12gb\n", encoding="utf-8")
+    with pytest.raises(QrloraError, match="ask for memory 12gb and 24gb; give both one with --memory"):
+        blend(make_config(output, content_config=content, style_config=style), progress=False)
+    style.write_text("quantization: nf4\n", encoding="utf-8")
+    with pytest.raises(QrloraError, match="quantization stands in --content-config or --style-config, but the model"):
+        blend(make_config(output, style_config=style), progress=False)
+    assert not output.exists()
+
+
+def test_both_trainings_get_what_the_configurations_say(make_config: MakeConfig, tmp_path: Path) -> None:
+    more = tmp_path / "more.yaml"
+    more.write_text("memory: 12gb\nseed: 7\n", encoding="utf-8")
+    config = make_config(tmp_path / "out", content_config=more)
+    parts, _ = plan_parts(config)
+    assert agree_on_memory(config, parts) == "12gb"
+    trainings = [part.training for part in parts.values() if part.training is not None]
+    assert [training.memory for training in trainings] == ["12gb", "12gb"]
+    assert [training.seed for training in trainings] == [7, 0]
+    given = make_config(tmp_path / "out", content_config=more, seed=3)
+    assert [part.training.seed for part in plan_parts(given)[0].values() if part.training is not None] == [3, 3]
+
+
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes and torchao speak on import and on a CPU
+def test_a_blend_keeps_the_model_as_its_configurations_say(make_config: MakeConfig, tmp_path: Path) -> None:
+    more = tmp_path / "more.yaml"
+    more.write_text("memory: 12gb\n", encoding="utf-8")
+    made = blend(
+        make_config(tmp_path / "out", content_config=more, max_train_steps=1, style_weights=(0.0, 1.0)), progress=False
+    )
+    resolved = TrainConfig.from_yaml(tmp_path / "out" / "train" / "style" / "config.yaml")
+    assert (resolved.memory, resolved.encoder_offload, resolved.gradient_checkpointing) == ("12gb", "blocks", True)
+    assert made.sheet.is_file()

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from qrlora.blend import AdapterUse, Provenance, read_provenance
 from qrlora.blend.provenance import SheetProvenance, file_hash, relative_to_picture, save_picture
 from qrlora.errors import QrloraError
+from qrlora.formats import Adapter, LowRank, write_adapter
 
 STORY = Provenance(
     prompt='a "<c>" dög\nin <s> style',
@@ -32,6 +34,22 @@ def test_hash_is_of_the_bytes(tmp_path: Path) -> None:
     assert file_hash(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     with pytest.raises(QrloraError, match="no such adapter"):
         file_hash(tmp_path / "b")
+
+
+def test_hash_of_a_peft_folder_covers_its_settings(tmp_path: Path) -> None:
+    folder, pair = tmp_path / "peft", LowRank(torch.ones(4, 2), torch.ones(2, 4))
+    write_adapter(Adapter({"transformer_blocks.0.attn.to_q": pair}), folder, "peft")
+    before = file_hash(folder)
+    assert file_hash(folder) == before
+    settings = folder / "adapter_config.json"
+    settings.write_text(settings.read_text() + " ")
+    assert file_hash(folder) != before
+
+
+def test_quantisation_is_written_where_there_is_one(tmp_path: Path) -> None:
+    assert "quantization" not in STORY.model_dump_json()
+    told = STORY.model_copy(update={"quantization": "nf4"})
+    assert read_provenance(save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.png", told)) == told
 
 
 def test_adapters_are_named_from_the_picture(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qrlora.adapter import attach_adapter, set_adapters
 from qrlora.analysis import ExpertUsage
-from qrlora.blend import load_painter, read_provenance
+from qrlora.blend import draw_usage, load_painter, read_provenance
 from qrlora.formats import read_adapter
 from tests import tiny_models
 from tests.cli.conftest import Run
@@ -199,3 +199,9 @@ def test_refusals(
     (said,) = capsys.readouterr().err.splitlines()
     assert re.search(words, said)
     assert not (desk / "r").exists()
+
+
+def test_pictures_drawn_before_are_recorded_again(gated: dict[str, Path], tiny_flux: Path) -> None:
+    painter = load_painter(str(tiny_flux), None)
+    once, again = (draw_usage(painter, {"dog": gated["dog"]}, ["a <c> dog"], 3).usages for _ in range(2))
+    assert once == again

@@ -127,6 +127,26 @@ def test_repeat_is_refused_on_another_base(
     assert "another base model" in capsys.readouterr().err
 
 
+def test_repeat_names_the_memory_option_where_the_weights_were_quantised(
+    run: Run, desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chunk = Provenance(
+        prompt="a",
+        seed=0,
+        model=None,
+        model_hash="0",
+        settings={},
+        device="cpu",
+        dtype="float32",
+        quantization="nf4",
+    )
+    save_picture(Image.new("RGB", (8, 8)), Path("x.png"), chunk)
+    assert run("generate --from x.png --output y.png") == 2
+    said = capsys.readouterr().err
+    assert "was made with weights in nf4" in said
+    assert "give the same --memory" in said
+
+
 def _picture_of(model: str | None, path: Path) -> Path:
     """A picture that says it was made with `model`."""
     chunk = Provenance(prompt="a", seed=0, model=model, model_hash="0", settings={}, device="cpu", dtype="float32")

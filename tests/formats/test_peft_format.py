@@ -1,6 +1,7 @@
 """The peft folder."""
 
 import json
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import pytest
 import torch
 
 from qrlora.errors import QrloraError
-from qrlora.formats import Adapter, Component, read_adapter, recognise, write_peft_folder
+from qrlora.formats import Adapter, Component, LowRank, read_adapter, read_coefficients, recognise, write_peft_folder
+from qrlora.formats._factors import layers_of
 from tests.adapters_of_data import made
 
 
-@pytest.mark.parametrize("component", ["transformer", "unet"])
+@pytest.mark.parametrize("component", ["transformer", "unet", "text_encoder", "text_encoder_2"])
 @pytest.mark.parametrize("header", [True, False])
 def test_what_is_written_is_read_back(tmp_path: Path, component: Component, header: bool) -> None:
     adapter = Adapter(made().layers, made().header if header else None, component)
@@ -21,6 +23,40 @@ def test_what_is_written_is_read_back(tmp_path: Path, component: Component, head
     assert back.component == component
     for layer, pair in adapter.layers.items():
         assert torch.equal(back.layers[layer].delta(), pair.delta())
+
+
+@pytest.mark.parametrize("component", ["transformer", "unet", "text_encoder", "text_encoder_2"])
+def test_a_small_file_knows_its_component(tmp_path: Path, component: Component) -> None:
+    adapter = Adapter(made().layers, made().header, component)
+    path = adapter.save(tmp_path / "a.safetensors", coefficients_only=True)
+    assert read_coefficients(path).component == component
+
+
+def test_thousands_of_patterns_are_read_in_linear_time() -> None:
+    names = [f"blocks.{index}.attn.to_q" for index in range(5000)]
+    pair = LowRank(torch.ones(1, 1), torch.ones(1, 1))
+    tensors = {f"{name}.lora_{key}.weight": value for name in names for key, value in (("A", pair.A), ("B", pair.B))}
+    patterns = {rf"^{name.replace('.', chr(92) + '.')}$": index for index, name in enumerate(names)}
+    start = time.perf_counter()
+    layers, _ = layers_of(Path("a"), tensors, {"lora_alpha": 9, "alpha_pattern": patterns}, None)
+    assert time.perf_counter() - start < 10  # each by each took minutes
+    assert [layers[name].delta().item() for name in names] == list(range(5000))
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        ({"to_q": 2, "^a.to_q": 3}, 2),
+        ({"^a.to_q": 3, "to_q": 2}, 3),
+        ({"a.to_q": 4, "to_q": 2}, 4),
+        ({"^to_q": 3, "o_q": 2, "b.a.to_q": 5}, 9),
+        ({"to_q": 2, "(x+)+": 3}, 2),
+    ],
+)
+def test_the_first_pattern_that_fits_counts(patterns: dict[str, int], expected: int) -> None:
+    tensors = {f"a.to_q.lora_{key}.weight": torch.ones(1, 1) for key in "AB"}
+    layers, _ = layers_of(Path("a"), tensors, {"lora_alpha": 9, "alpha_pattern": patterns}, None)
+    assert layers["a.to_q"].delta().item() == expected
 
 
 def test_the_configuration_is_plain(tmp_path: Path) -> None:

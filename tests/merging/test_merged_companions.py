@@ -66,8 +66,16 @@ def test_companions_of_different_bases_are_concatenated() -> None:
         merged = merge([one, other])
     assert (merged.layers[LINEAR].rank, merged.companions["text_encoder"].layers[WORDS].rank) == (3, 6)
     assert relative(delta(merged, "text_encoder"), delta(one, "text_encoder") + delta(other, "text_encoder")) < 1e-6
-    with pytest.raises(QrloraError, match=f"method sum needs one basis, but the bases of {WORDS} differ"):
-        merge([one, other], method="sum")
+    with pytest.warns(QrloraWarning, match=f"the bases of {WORDS} differ .* so the adapters are concatenated"):
+        summed = merge([one, other], method="sum")
+    assert (summed.layers[LINEAR].rank, summed.companions["text_encoder"].layers[WORDS].rank) == (3, 6)
+
+
+def test_messages_name_the_adapter_whose_companion_is_meant() -> None:
+    parts = [made(0), with_words(1, "text_encoder"), replace(with_words(2, "text_encoder", words_basis=30), source="c")]
+    with pytest.warns(QrloraWarning, match=r"between adapter 2 \(text_encoder\) and c \(text_encoder\)"):
+        merged = merge(parts)
+    assert merged.companions["text_encoder"].source is None
 
 
 def test_blocks_apply_to_the_denoiser_alone() -> None:

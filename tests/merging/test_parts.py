@@ -7,7 +7,7 @@ import torch
 
 from qrlora.errors import QrloraError, QrloraWarning
 from qrlora.formats import Adapter
-from qrlora.merging import merge
+from qrlora.merging import merge, restricted
 from tests.adapters_of_data import CONV, LINEAR, dense, made, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*times as strong as")
@@ -64,6 +64,11 @@ def test_adapters_of_different_layers_merge_only_when_asked() -> None:
     merged = merge([content, style], blocks=["all", "all"])
     assert relative(dense(merged, LINEAR), dense(content, LINEAR)) < 1e-6
     assert relative(dense(merged, CONV), dense(style, CONV)) < 1e-6
+
+
+def test_a_part_keeps_the_tensors_of_its_own_layers_alone() -> None:
+    own = {layer: {"some": torch.ones(1)} for layer in (LINEAR, CONV)}
+    assert set(restricted(replace(made(0), own=own), "blocks.0").own) == {LINEAR}
 
 
 def test_refusals() -> None:

@@ -101,6 +101,10 @@ def test_encoders_are_freed_and_come_back(tiny_flux: Path, in_memory: bool) -> N
         model.family.encode_prompts(model.pipeline, ["a cat"], 16)
     model.restore_encoders()
     np.testing.assert_array_equal(_picture(model), before)
+    for name in ("text_encoder", "text_encoder_2", "vae"):
+        part = getattr(model.pipeline, name)
+        assert not part.training
+        assert in_memory or not any(parameter.requires_grad for parameter in part.parameters())
 
 
 def test_nothing_is_unpickled(tiny_flux: Path, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ There is no second device here, so "device" is the CPU as well: weights are stil
 held is poisoned. tests/gpu has the same on CUDA, with the memory measured.
 """
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -165,6 +167,20 @@ def test_text_encoders_stream_too(tiny_flux: Any) -> None:
     wanted = whole.family.encode_prompts(whole.pipeline, ["a cat", "a dog"], 16)
     found = streamed.family.encode_prompts(streamed.pipeline, ["a cat", "a dog"], 16)
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_a_streamed_encoder_is_freed_at_once(tiny_flux: Any) -> None:
+    model = load_pipeline(tiny_flux, encoder_offload="blocks")
+    model.family.encode_prompts(model.pipeline, ["a cat"], 16)
+    blocks = [weakref.ref(block) for block in repeated_blocks(model.pipeline.text_encoder_2).values()]
+    assert blocks
+    gc.collect()
+    gc.disable()
+    try:
+        model.release_encoders()
+        assert all(block() is None for block in blocks)
+    finally:
+        gc.enable()
 
 
 def test_what_cannot_be_streamed_is_said() -> None:

@@ -116,3 +116,16 @@ def test_replacing_writes_anew(tmp_path: Path) -> None:
     for replace, expected in ((False, 2.0), (True, 0.0)):
         save_checkpoint(tmp_path, 2, {"seed": 1}, state, lambda path: write_safetensors(path, state), replace=replace)
         assert open_checkpoint(folder).tensors()["param/a"].tolist() == [expected] * 3
+
+
+def test_pruning_counts_complete_ones_alone(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5):
+        _save(tmp_path, step)
+    for step in (3, 5):
+        (tmp_path / f"checkpoint-{step}" / "state.json").unlink()
+    prune_checkpoints(tmp_path, 2)
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}" / "state.json").unlink()
+    prune_checkpoints(tmp_path, 2)
+    assert len(checkpoint_folders(tmp_path)) == 3

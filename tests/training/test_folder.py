@@ -6,8 +6,8 @@ import pytest
 
 from qrlora.errors import QrloraError, QrloraWarning
 from qrlora.formats import write_safetensors
-from qrlora.training.checkpoint import save_checkpoint
-from qrlora.training.folder import RESULT, find_start
+from qrlora.training.checkpoint import latest_checkpoint, open_checkpoint, save_checkpoint
+from qrlora.training.folder import LOSSES, RESULT, find_start, forget, outdated_by, prepare_folder
 from tests.training.conftest import MakeConfig
 
 
@@ -42,3 +42,21 @@ def test_latest_with_nothing_to_resume(make_config: MakeConfig, tmp_path: Path) 
         find_start(make_config(resume="latest"))
     with pytest.warns(QrloraWarning, match="is incomplete"):
         assert find_start(make_config(resume="latest", overwrite=True)) is None
+
+
+def test_an_earlier_run_goes_once_something_newer_is_written(make_config: MakeConfig, tmp_path: Path) -> None:
+    out, config = tmp_path / "out", make_config(overwrite=True)
+    earlier = [_save(out, 2), _save(out, 4), out / RESULT, out / LOSSES]
+    for path in earlier[2:]:
+        path.touch()
+    prepare_folder(config)
+    assert all(path.exists() for path in earlier)
+    assert outdated_by(make_config(), None) == []
+    outdated = outdated_by(config, None)
+    assert outdated == earlier
+    elsewhere = latest_checkpoint(_save(tmp_path / "elsewhere", 3).parent)
+    assert outdated_by(config, elsewhere) == earlier
+    assert outdated_by(config, open_checkpoint(earlier[0])) == earlier[1:]
+    assert outdated_by(make_config(overwrite=True, resume="latest"), open_checkpoint(earlier[1])) == []
+    forget(outdated, keep={"checkpoint-4"})
+    assert [path.exists() for path in earlier] == [False, True, False, False]

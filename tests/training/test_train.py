@@ -203,7 +203,12 @@ def test_nothing_is_written_over(make_config: MakeConfig, model: LoadedModel, tm
         with pytest.raises(QrloraError):
             _run(make_config(overwrite=True, **bad), model)
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == kept
-    _run(make_config(seed=1, overwrite=True, checkpointing_steps=5), model)
+
+    def unchanged(done: int, _total: int) -> None:
+        """Until something newer is there."""
+        assert all(path.exists() == (done < 5) for path in kept if path.parent.name == "checkpoint-2"), done
+
+    _run(make_config(seed=1, overwrite=True, checkpointing_steps=5), model, on_step=unchanged)
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-5"]
 
 

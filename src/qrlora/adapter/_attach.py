@@ -130,6 +130,15 @@ def check_fits(denoiser: nn.Module, adapter: Adapter) -> None:
         check_base(modules, adapter.header.weight_hashes, adapter.label)
 
 
+def check_form(adapter: Adapter) -> None:
+    """Refuse an adapter that `attach_adapter` would refuse for its form; changes nothing.
+
+    Raises:
+        QrloraError: a form that is not known, or a layer whose tensors are not those of the form.
+    """
+    _starts(adapter, form_in(adapter))
+
+
 def _check_layers(
     modules: dict[str, nn.Module], layers: list[str], component: Component, denoiser: nn.Module, label: str
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from qrlora.adapter._attach import attach_adapter, check_fits
+from qrlora.adapter._attach import attach_adapter, check_fits, check_form
 from qrlora.adapter._control import adapters_disabled, remove_adapter, set_adapters
 from qrlora.adapter._export import adapter_of
 from qrlora.adapter._peft import active_adapters, as_mixin, check_new_name, configs
@@ -23,7 +23,7 @@ def attach_to_pipeline(
     Args:
         pipeline: a diffusers pipeline of the base model the adapter was trained on.
         adapter: as read by `read_adapter`, or merged.
-        adapter_name: its name on every component.
+        adapter_name: its name on every component, new on all of the pipeline.
         weight: its strength; see `set_pipeline_adapters`.
 
     Returns:
@@ -36,22 +36,33 @@ def attach_to_pipeline(
     check_weight(weight)
     check_fits_pipeline(pipeline, adapter)
     modules = {component: _component(pipeline, component, adapter.label) for component in adapter.components}
-    for module in modules.values():
+    for module in _carriers(pipeline).values():
         check_new_name(module, adapter_name)
-    return {
-        component: attach_adapter(modules[component], part, adapter_name, weight=weight)
-        for component, part in adapter.components.items()
-    }
+    before = {module: active_adapters(module) for module in modules.values()}
+    try:
+        return {
+            component: attach_adapter(modules[component], part, adapter_name, weight=weight)
+            for component, part in adapter.components.items()
+        }
+    except BaseException:
+        for module, active in before.items():
+            if adapter_name in configs(module):
+                as_mixin(module).delete_adapters(adapter_name)
+            if configs(module):
+                as_mixin(module).set_adapter(active)
+        raise
 
 
 def check_fits_pipeline(pipeline: Any, adapter: Adapter) -> None:
-    """Refuse an adapter that `attach_to_pipeline` would refuse for its layers or its base model; changes nothing.
+    """Refuse what `attach_to_pipeline` would refuse for its layers, its base model or its form; changes nothing.
 
     Raises:
-        QrloraError: see `check_fits`; or a text encoder that the pipeline does not have.
+        QrloraError: see `check_fits`; a form that is not known or damaged; or a text encoder that the pipeline does not
+            have.
     """
     for component, part in adapter.components.items():
         check_fits(_component(pipeline, component, adapter.label), part)
+        check_form(part)
 
 
 def set_pipeline_adapters(pipeline: Any, weights: Mapping[str, float]) -> None:
@@ -152,6 +163,12 @@ def text_encoders_with(pipeline: Any, adapter_names: Iterable[str]) -> tuple[str
     carriers = _carriers(pipeline)
     encoders = [module for component, module in carriers.items() if component in TEXT_ENCODERS]
     return tuple(name for name in adapter_names if any(name in configs(module) for module in encoders))
+
+
+def denoisers_with(pipeline: Any, adapter_names: Iterable[str]) -> tuple[str, ...]:
+    """Those of some attached adapters that are on the denoiser."""
+    denoisers = [module for component, module in _carriers(pipeline).items() if component in DENOISERS]
+    return tuple(name for name in adapter_names if any(name in configs(module) for module in denoisers))
 
 
 def _carriers(pipeline: Any) -> dict[Component, nn.Module]:

@@ -45,7 +45,8 @@ def adapters_by_timestep(
 ) -> Generator[None]:
     """Within this context each call of the denoiser has those adapters whose range its timestep lies in.
 
-    A call at which none acts is the base model's, bit for bit. Afterwards all of `weights` are active.
+    A call at which none acts is the base model's, bit for bit. Afterwards all of `weights` are active, and
+    layers whose adapters were disabled are so again.
 
     Args:
         denoiser: its `timestep` is read at each call; a call has one timestep, whatever its batch.
@@ -62,17 +63,18 @@ def adapters_by_timestep(
         if name not in weights:
             raise QrloraError(f"there is a range of timesteps for {name!r}, but no weight; give both.")
         check_timesteps(bounds, name)
+    disabled = {layer: layer.disable_adapters for layer in adapted_layers(denoiser)}
     set_adapters(denoiser, weights)
     acting = {name: weight for name, weight in weights.items() if weight != 0}
     switch = _Switch(acting, {name: ranges[name] for name in acting if name in ranges}, given)
     handle = denoiser.register_forward_pre_hook(switch, with_kwargs=True)
-    layers = adapted_layers(denoiser)
     try:
         yield
     finally:
         handle.remove()
-        enable_layers(layers, enabled=True)
         set_adapters(denoiser, weights)
+        for layer, was in disabled.items():
+            enable_layers([layer], enabled=not was)
 
 
 class _Switch:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from qrlora import starter
@@ -17,14 +18,25 @@ from qrlora.blend.config import BlendConfig
 from qrlora.blend.painter import Painter, choose_place, settings_of
 from qrlora.blend.provenance import has_chunk, save_picture
 from qrlora.blend.report import adapter_report, write_report
-from qrlora.blend.roles import ROLES, Part, Role, copy_file, fill_trainings, plan_parts, train_part
+from qrlora.blend.roles import (
+    ROLES,
+    Part,
+    Role,
+    agree_on_memory,
+    copy_file,
+    fill_trainings,
+    plan_parts,
+    train_part,
+)
 from qrlora.blend.sheet import Cell, Grid, draw_sheet, span
 from qrlora.blend.sweep import draw_sweep
-from qrlora.errors import QrloraError, QrloraWarning
+from qrlora.errors import QrloraWarning
 from qrlora.formats import Adapter, read_adapter
 from qrlora.merging import WHOLE, NormWarning, merge, restricted
 from qrlora.models import LoadedModel
 from qrlora.training import TrainResult, load_for
+from qrlora.training.config import Memory
+from qrlora.training.memory import enough_to
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,8 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
     check_output(config)
     parts, prompt = plan_parts(config)
     with clock.phase("load"):
-        model = loaded if loaded is not None else _load(config, parts)
+        memory = agree_on_memory(config, parts)
+        model = loaded if loaded is not None else _load(config, parts, memory)
     settings = settings_of(config, model.defaults, model.family)
     fill_trainings(parts, model)
     check_plan(config, parts, model, settings)
@@ -107,7 +120,7 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
     forget_pictures(output)
     _say(progress, "pictures")
     try:
-        with clock.phase("pictures"):
+        with clock.phase("pictures"), enough_to("draw", memory):
             for role in ROLES:
                 painter.attach(role, files[role])
                 attached.append(role)
@@ -118,7 +131,7 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
     sweep = None
     if config.sweep_steps is not None:
         _say(progress, "sweep")
-        with clock.phase("sweep"):
+        with clock.phase("sweep"), enough_to("draw", memory):
             sweep = draw_sweep(config, painter, parts, files, prompt)
     clock.finish()
     made_by = f"{note}; acts at all timesteps" if config.timesteps() else note
@@ -165,20 +178,10 @@ def _say(shown: bool, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _load(config: BlendConfig, parts: dict[Role, Part]) -> LoadedModel:
-    """The model, kept in memory as `config` or the trainings say.
-
-    Raises:
-        QrloraError: the trainings want different settings.
-    """
-    wanted = {part.training.memory for part in parts.values() if part.training is not None} - {None}
-    if config.memory is None and len(wanted) > 1:
-        told = " and ".join(sorted(map(str, wanted)))
-        raise QrloraError(
-            f"--content-config and --style-config ask for memory {told}; give one for both with --memory."
-        )
-    memory = config.memory or next(iter(wanted), None)
+def _load(config: BlendConfig, parts: dict[Role, Part], memory: Memory | None) -> LoadedModel:
     device, dtype = choose_place(config.device)
+    if any(part.training is not None and part.training.mixed_precision == "no" for part in parts.values()):
+        dtype = torch.float32
     return load_for(memory, config.model or starter.path(), dtype=dtype, device=device)
 
 

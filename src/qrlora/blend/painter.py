@@ -22,6 +22,7 @@ from qrlora.adapter import (
     attach_to_pipeline,
     base_hash,
     check_timesteps,
+    denoisers_with,
     pipeline_adapters_disabled,
     remove_from_pipeline,
     resolve_coefficients,
@@ -168,7 +169,11 @@ class Painter:
         digest = file_hash(path)
         adapter = self._read(path)
         attach_to_pipeline(self.loaded.pipeline, adapter, name)
-        self.loaded.settle()
+        try:
+            self.loaded.settle()
+        except BaseException:
+            remove_from_pipeline(self.loaded.pipeline, name)
+            raise
         self._files[name] = (path, digest)
         return adapter
 
@@ -188,6 +193,8 @@ class Painter:
         seed: int,
         weights: Mapping[str, float],
         timesteps: Mapping[str, TimestepRange] | None = None,
+        *,
+        anew: bool = False,
     ) -> Picture:
         """The picture of `prompt` with attached adapters at `weights`; weight 0 is the same as not there.
 
@@ -200,9 +207,11 @@ class Painter:
             timesteps: the lowest and highest timestep at which an adapter acts, 0 clean and 1000 pure noise; an
                 adapter that is not named acts at all of them. Its part in text encoders always acts: the prompt is read
                 once, for all timesteps.
+            anew: draw it even where it was made before.
 
         Raises:
-            QrloraError: a weight that is not finite, or a range that is none.
+            QrloraError: a weight that is not finite, a range that is none, or one of an adapter of text encoders
+                alone.
         """
         used = {name: weight for name, weight in weights.items() if weight != 0}
         ranges = {
@@ -210,9 +219,13 @@ class Painter:
             for name, bounds in (timesteps or {}).items()
             if name in used and bounds != ALL_TIMESTEPS
         }
+        for name in ranges.keys() - denoisers_with(self.loaded.pipeline, ranges):
+            raise QrloraError(
+                f"{self._files[name][0]} adapts text encoders alone, which act at all timesteps; leave its range out."
+            )
         adapters = tuple(UsedAdapter(*self._files[name], used[name], ranges.get(name)) for name in used)
-        key = (prompt, seed, adapters)
-        if key not in self._made:
+        key = (prompt, seed, adapters, self.settings.model_dump_json())
+        if anew or key not in self._made:
             self._made[key] = Picture(self._generate(prompt, seed, used, ranges), prompt, seed, adapters)
         return self._made[key]
 
@@ -226,7 +239,8 @@ class Painter:
         set_pipeline_adapters(model.pipeline, weights)
         if ranges:
             given = partial(model.family.given_timesteps, model.pipeline)
-            return adapters_by_timestep(model.denoiser, weights, ranges, given)
+            here = {name: weights[name] for name in denoisers_with(model.pipeline, weights)}
+            return adapters_by_timestep(model.denoiser, here, ranges, given)
         return nullcontext()
 
     def _generate(
@@ -246,21 +260,18 @@ class Painter:
             )[0]
 
     def _encode(self, prompt: str, words: Any) -> dict[str, Tensor]:
-        if (prompt, words) not in self._encoded:
-            model = self.loaded
-            self._encoded[prompt, words] = model.family.encode_prompts(
-                model.pipeline, [prompt], self.settings.max_sequence_length
-            )
-        return self._encoded[prompt, words]
+        model, length = self.loaded, self.settings.max_sequence_length
+        key = (prompt, words, length)
+        if key not in self._encoded:
+            self._encoded[key] = model.family.encode_prompts(model.pipeline, [prompt], length)
+        return self._encoded[key]
 
     def _encode_negative(self, words: Any) -> dict[str, Tensor]:
-        prompt = self.settings.negative_prompt
-        if (prompt, words) not in self._against:
-            model = self.loaded
-            self._against[prompt, words] = model.family.encode_negative(
-                model.pipeline, prompt, self.settings.max_sequence_length
-            )
-        return self._against[prompt, words]
+        model, prompt, length = self.loaded, self.settings.negative_prompt, self.settings.max_sequence_length
+        key = (prompt, words, length)
+        if key not in self._against:
+            self._against[key] = model.family.encode_negative(model.pipeline, prompt, length)
+        return self._against[key]
 
     def save(self, picture: Picture, path: Path) -> Path:
         """Write a picture as PNG with its provenance."""
@@ -286,6 +297,7 @@ class Painter:
             settings=self.settings.model_dump(),
             device=str(denoiser.device.type),
             dtype=str(denoiser.dtype).removeprefix("torch."),
+            quantization=self.loaded.quantization,
             versions=library_versions(),
         )
 

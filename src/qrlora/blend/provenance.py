@@ -9,13 +9,14 @@ from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from qrlora.errors import QrloraError
 from qrlora.formats import atomic_write, open_adapter
 
 PNG_KEY = "qrlora"
 _MAX_PIXELS = 2**27
+_PEFT_CONFIG = "adapter_config.json"
 
 
 class AdapterUse(BaseModel):
@@ -23,7 +24,7 @@ class AdapterUse(BaseModel):
 
     Args:
         file: path of the adapter, relative to the folder of the picture where that is possible.
-        sha256: of the file's bytes (of a peft folder: of its weights file).
+        sha256: of the file's bytes, or of a peft folder; see `file_hash`.
         weight: factor on its update; the picture was made with `W + weight * B A`.
         timesteps: lowest and highest at which it acted, 0 clean and 1000 pure noise; None is all of them.
     """
@@ -46,6 +47,7 @@ class Provenance(BaseModel):
         adapters: in the order in which they were attached.
         settings: generation settings by the pipeline's own argument names.
         device, dtype: where it was computed; other ones give the same picture up to rounding only.
+        quantization: of the denoiser's weights; left out of the file where there is none.
         versions: of the libraries that draw it.
     """
 
@@ -60,7 +62,13 @@ class Provenance(BaseModel):
     settings: dict[str, Any]
     device: str
     dtype: str
+    quantization: str | None = None
     versions: dict[str, str] = {}
+
+    @model_serializer(mode="wrap")
+    def _without_blank(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        return {name: value for name, value in fields.items() if name != "quantization" or value is not None}
 
 
 class SheetProvenance(BaseModel):
@@ -98,9 +106,11 @@ Chunk = Provenance | SheetProvenance | SampleProvenance
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of an adapter file, or of the file with the weights inside an adapter's folder."""
+    """sha256 of an adapter file; of a peft folder, that of its weights' sha256 and its `adapter_config.json`'s."""
     if path.is_dir():
-        path = open_adapter(path).tensors_at
+        path, config = open_adapter(path).tensors_at, path / _PEFT_CONFIG
+        if config.is_file():
+            return hashlib.sha256((file_hash(path) + file_hash(config)).encode()).hexdigest()
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,6 +15,7 @@ from qrlora.errors import QrloraError
 from qrlora.formats import Adapter, atomic_write, read_adapter
 from qrlora.models import LoadedModel
 from qrlora.training import TrainConfig, TrainResult, train
+from qrlora.training.config import Memory
 
 Role = Literal["content", "style"]
 ROLES: tuple[Role, Role] = ("content", "style")
@@ -140,17 +141,13 @@ def _train_config(config: BlendConfig, part: Part) -> TrainConfig:
         "output_dir": str(config.output / "train" / part.role),
         "overwrite": config.overwrite,
         "resume": "latest" if config.resume else None,
-        "seed": config.seed,
         "model": config.model,
     }
+    if "seed" in config.model_fields_set or getattr(config, f"{part.role}_config") is None:
+        values["seed"] = config.seed
     more: Path | None = getattr(config, f"{part.role}_config")
-    if more is not None and config.model is None:
-        named = TrainConfig.from_yaml(more, {key: value for key, value in values.items() if key != "model"}).model
-        if named is not None:
-            raise QrloraError(
-                f"{more} names the model {named}, but a blend is of one model and takes it from --model; add "
-                f"--model {named}."
-            )
+    if more is not None:
+        _check_model(config, more, values)
     training = (
         TrainConfig.parse(values, f"the {part.role} training") if more is None else TrainConfig.from_yaml(more, values)
     )
@@ -160,6 +157,41 @@ def _train_config(config: BlendConfig, part: Part) -> TrainConfig:
     if bounds is not None and not {"min_timestep", "max_timestep"} & training.model_fields_set:
         training = training.with_defaults({"min_timestep": bounds[0], "max_timestep": bounds[1]})
     return training
+
+
+def _check_model(config: BlendConfig, more: Path, values: Mapping[str, Any]) -> None:
+    """A configuration for some model is not trained on the embedded base without a word."""
+    named = TrainConfig.from_yaml(more, {key: value for key, value in values.items() if key != "model"}).model
+    if named is not None and config.model is None:
+        raise QrloraError(
+            f"{more} names the model {named}, but a blend is of one model and takes it from --model; give "
+            f"--model {named}, or take the line out."
+        )
+
+
+def agree_on_memory(config: BlendConfig, parts: Mapping[Role, Part]) -> Memory | None:
+    """The one `memory` of a blend, given to both trainings, since they share a model.
+
+    Raises:
+        QrloraError: the trainings want different ones, or say in other words how the model is to be kept.
+    """
+    trainings = [part.training for part in parts.values() if part.training is not None]
+    wanted: list[Memory] = [training.memory for training in trainings if training.memory is not None]
+    if config.memory is None and len(set(wanted)) > 1:
+        raise QrloraError(
+            f"--content-config and --style-config ask for memory {' and '.join(wanted)}; give both one with --memory."
+        )
+    memory: Memory | None = config.memory or next(iter(wanted), None)
+    for name, default in (("quantization", None), ("offload", "none"), ("encoder_offload", "none")):
+        if memory is None and any(getattr(training, name) != default for training in trainings):
+            raise QrloraError(
+                f"{name} stands in --content-config or --style-config, but the model of a blend is kept as --memory "
+                "has it; give --memory instead."
+            )
+    for part in parts.values():
+        if part.training is not None and memory is not None:
+            part.training = part.training.model_copy(update={"memory": memory})
+    return memory
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -50,7 +50,7 @@ def draw_usage(painter: Painter, files: Mapping[str, Path], prompts: Sequence[st
             painter.attach(name, file)
             stack.callback(painter.detach, name)
         recorded = [stack.enter_context(record_usage(painter.loaded.denoiser, name)) for name in attached]
-        pictures = [painter.paint(prompt, seed, dict.fromkeys(attached, 1.0)) for prompt in prompts]
+        pictures = [painter.paint(prompt, seed, dict.fromkeys(attached, 1.0), anew=True) for prompt in prompts]
     usages = [ExpertUsage.of(usage, name, prompts) for usage, name in zip(recorded, files, strict=True)]
     return DrawnUsage(painter, pictures, usages)
 

@@ -84,6 +84,7 @@ def run(arguments: Sequence[str]) -> None:
 def _generate(options: GenerateOptions, prompt: str, outputs: Sequence[Path]) -> None:
     adapters = [split_adapter(text) for text in options.adapter]
     from qrlora.blend import load_painter, settings_of
+    from qrlora.training.memory import enough_to
 
     painter = load_painter(options.model, options.device, options.memory)
     painter.settings = settings_of(options, painter.settings, painter.loaded.family)
@@ -93,7 +94,9 @@ def _generate(options: GenerateOptions, prompt: str, outputs: Sequence[Path]) ->
     for name, adapter in named.items():
         painter.attach(name, adapter.file)
     for index, path in enumerate(outputs):
-        print(painter.save(painter.paint(prompt, (options.seed or 0) + index, weights, timesteps), path))
+        with enough_to("draw", options.memory):
+            picture = painter.paint(prompt, (options.seed or 0) + index, weights, timesteps)
+        print(painter.save(picture, path))
 
 
 def _repeat(options: GenerateOptions, source: Path) -> None:
@@ -117,6 +120,13 @@ def _repeat(options: GenerateOptions, source: Path) -> None:
         if file_hash(file) != use.sha256:
             raise QrloraError(f"{file} has changed since {source} was made with it, so the picture cannot be repeated.")
     painter = load_painter(options.model or _model_of_picture(made.model, source), options.device, options.memory)
+    loaded = painter.loaded
+    if painter.model_hash != made.model_hash and loaded.quantization != made.quantization:
+        here = loaded.quantization or str(loaded.denoiser.dtype).removeprefix("torch.")
+        raise QrloraError(
+            f"{source} was made with weights in {made.quantization or made.dtype}, and those of {loaded.model_id} are "
+            f"in {here} here; give the same --memory as when it was made."
+        )
     if painter.model_hash != made.model_hash:
         raise QrloraError(
             f"{source} was made with another base model than {painter.loaded.model_id} (or in another precision than "

@@ -50,7 +50,7 @@ def _load(name: str, config_name: str | None) -> Any:
         import datasets
     except ImportError as error:
         raise QrloraError(
-            "dataset_name needs the datasets library, which is not installed: pip install 'qrlora[datasets]'. A local "
+            "dataset_name needs the datasets library, which is not installed: pip install datasets. A local "
             "folder of pictures is read without it as instance_data_dir."
         ) from error
     if name.startswith((".", "~", "/")) and not Path(name).is_dir():

@@ -11,7 +11,7 @@ from qrlora.basis import fingerprint
 from qrlora.errors import QrloraError
 from qrlora.formats._adapter import Adapter, Component, Header, SaveDtype, check_finite
 from qrlora.formats._factors import natural_key
-from qrlora.formats._header import header_metadata, read_header
+from qrlora.formats._header import COMPONENT_KEY, header_metadata, read_header, stored_component
 from qrlora.formats._safetensors import read_safetensors, write_safetensors
 from qrlora.formats._saving import cast_to_save, checked_path
 
@@ -72,7 +72,7 @@ def write_coefficients(adapter: Adapter, path: str | Path, *, save_dtype: SaveDt
         trained = pair.A if header.side == "output" else pair.B
         tensors[f"{name}.coefficients"] = cast_to_save(name, trained, save_dtype)
         tensors[f"{name}.fingerprint"] = fingerprint(basis_vectors(pair.B, pair.A, header.side)).float()
-    metadata = {"format": "pt", KIND_KEY: _KIND, "qrlora_component": adapter.component, **header_metadata(adapter)}
+    metadata = {"format": "pt", KIND_KEY: _KIND, COMPONENT_KEY: adapter.component, **header_metadata(adapter)}
     return write_safetensors(target, tensors, metadata)
 
 
@@ -107,7 +107,7 @@ def read_coefficients(path: str | Path) -> CoefficientsFile:
         layers[name] = _checked(source, name, found[name]["coefficients"], found[name]["fingerprint"], header)
     if not layers:
         raise QrloraError(f"{source} holds no tensors.")
-    component: Component = "unet" if metadata.get("qrlora_component") == "unet" else "transformer"
+    component = stored_component(metadata) or "transformer"
     return CoefficientsFile(layers, header, component, str(source))
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,15 +48,15 @@ def layers_of(
         factors.setdefault(name, {})[factor] = tensor.float()
     own = _magnitudes_of(source, factors, config)
     _check_plain(source, {**config, "use_dora": False} if own else config)
+    alphas = _Alphas(config)
     layers: dict[str, LowRank] = {}
     for name in sorted(factors, key=natural_key):
         pair = factors[name]
         for factor in ("lora_A", "lora_B"):
             if factor not in pair:
                 raise QrloraError(f"{source}: {name}.{factor}.weight is missing while its other factor is there.")
-        layers[name] = _with_scale(
-            f"{source}: {name}", LowRank(pair["lora_B"], pair["lora_A"]), name, pair, config, header
-        )
+        whole = LowRank(pair["lora_B"], pair["lora_A"])
+        layers[name] = _with_scale(f"{source}: {name}", whole, name, pair, alphas, header)
     return layers, own
 
 
@@ -88,17 +89,15 @@ def _split(key: str) -> tuple[str, bool, str]:
 
 
 def _with_scale(
-    label: str, pair: LowRank, name: str, found: Mapping[str, Tensor], config: Mapping[str, Any], header: Header | None
+    label: str, pair: LowRank, name: str, found: Mapping[str, Tensor], alphas: "_Alphas", header: Header | None
 ) -> LowRank:
     check_pair(label, pair)
     rank = pair.rank
     try:
-        alpha = (
-            float(found["alpha"]) if "alpha" in found else _pattern(config, "alpha_pattern", "lora_alpha", name, rank)
-        )
+        alpha = float(found["alpha"]) if "alpha" in found else alphas.of(name, rank)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise QrloraError(f"{label} has an alpha, or an alpha_pattern, that cannot be used: {error}.") from error
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    scale = alpha / math.sqrt(rank) if alphas.root else alpha / rank
     if not math.isfinite(scale):
         raise QrloraError(f"{label} has the alpha {alpha}, which is not a finite number.")
     if scale == 1:
@@ -108,19 +107,45 @@ def _with_scale(
     return LowRank(pair.B * scale, pair.A)
 
 
-def _pattern(config: Mapping[str, Any], patterns: str, default: str, name: str, otherwise: float) -> float:
-    """A layer's value by peft's own rule: the first pattern that matches the end of the path, else the default.
+class _Alphas:
+    """The layers' alphas by peft's own rule: the first pattern that matches the end of the path, else the default.
 
-    Only names of layers, as tools write them, are taken for patterns: a stranger's expression may never end.
+    Only names of layers, as tools write them, are taken for patterns: a stranger's expression may never end. The
+    patterns are read once, so that thousands of layers and patterns take no longer than both together.
     """
-    for pattern, value in cast(dict[str, float], config.get(patterns) or {}).items():
-        whole, path = pattern.startswith("^"), pattern.removeprefix("^").removesuffix("$")
-        path = re.sub(r"\\([^\w\s])", r"\1", path)
-        if not re.fullmatch(r"[\w.-]+", path):
-            raise ValueError(f"{patterns} has {pattern[:80]!r}, which is not the name of a layer")
-        if name == path or (not whole and name.endswith(f".{path}")):
-            return float(value)
-    return float(config.get(default, otherwise))
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self.root = bool(config.get("use_rslora"))
+
+    def of(self, name: str, otherwise: float) -> float:
+        """A layer's alpha; `otherwise` where the configuration has none."""
+        whole, ends, bad = self._patterns
+        found = [table[name] for table in (whole, ends) if name in table]
+        tails = [name[-length:] for length in self._lengths if length < len(name) and name[-length - 1] == "."]
+        found += [ends[tail] for tail in tails if tail in ends]
+        if found:
+            return float(min(found, key=lambda each: each[0])[1])
+        if bad is not None:
+            raise ValueError(f"alpha_pattern has {bad[:80]!r}, which is not the name of a layer")
+        return float(self._config.get("lora_alpha", otherwise))
+
+    @cached_property
+    def _patterns(self) -> tuple[dict[str, tuple[int, Any]], dict[str, tuple[int, Any]], str | None]:
+        """Place and value by path, for whole paths and for their ends, and the first pattern that is no name."""
+        whole: dict[str, tuple[int, Any]] = {}
+        ends: dict[str, tuple[int, Any]] = {}
+        patterns = cast(dict[str, Any], self._config.get("alpha_pattern") or {})
+        for place, (pattern, value) in enumerate(patterns.items()):
+            path = re.sub(r"\\([^\w\s])", r"\1", pattern.removeprefix("^").removesuffix("$"))
+            if not re.fullmatch(r"[\w.-]+", path):
+                return whole, ends, pattern
+            (whole if pattern.startswith("^") else ends).setdefault(path, (place, value))
+        return whole, ends, None
+
+    @cached_property
+    def _lengths(self) -> set[int]:
+        return {len(path) for path in self._patterns[1]}
 
 
 def _check_plain(source: Path, config: Mapping[str, Any]) -> None:

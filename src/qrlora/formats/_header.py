@@ -8,9 +8,10 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from qrlora.errors import QrloraError
-from qrlora.formats._adapter import FORMAT_VERSION, Adapter, Header
+from qrlora.formats._adapter import DENOISERS, FORMAT_VERSION, TEXT_ENCODERS, Adapter, Component, Header
 
 HEADER_KEY = "qrlora"
+COMPONENT_KEY = "qrlora_component"
 
 
 def header_metadata(adapter: Adapter) -> dict[str, str]:
@@ -46,6 +47,12 @@ def read_header(source: Path, metadata: Mapping[str, str], companion: str | None
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise QrloraError(f"{source}: the header's {where or 'content'} is not valid: {first['msg']}.") from error
+
+
+def stored_component(metadata: Mapping[str, str]) -> Component | None:
+    """The component a file says it belongs to; None where it says none, or one that is not known."""
+    stored = metadata.get(COMPONENT_KEY)
+    return next((known for known in (*DENOISERS, *TEXT_ENCODERS) if known == stored), None)
 
 
 def json_object(source: Path, text: str, what: str) -> dict[str, Any]:

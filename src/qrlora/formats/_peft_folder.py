@@ -1,7 +1,7 @@
 """A folder as peft's own `save_pretrained` writes it, for `PeftModel.from_pretrained`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from qrlora.errors import QrloraError
 from qrlora.formats._adapter import DORA, Adapter, Component, SaveDtype
 from qrlora.formats._atomic import atomic_write
 from qrlora.formats._factors import layers_of
-from qrlora.formats._header import header_metadata, json_object, read_header
+from qrlora.formats._header import COMPONENT_KEY, header_metadata, json_object, read_header, stored_component
 from qrlora.formats._native import (
     lora_config,
     magnitudes,
@@ -23,7 +23,6 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _MAX_CONFIG = 16 * 1024 * 1024
 PREFIX = "base_model.model."
-_COMPONENT_KEY = "qrlora_component"
 
 
 def write_peft_folder(adapter: Adapter, folder: str | Path, *, save_dtype: SaveDtype = "fp32") -> Path:
@@ -44,7 +43,7 @@ def write_peft_folder(adapter: Adapter, folder: str | Path, *, save_dtype: SaveD
         tensors[f"{PREFIX}{name}.lora_B.weight"] = cast_to_save(name, pair.B, save_dtype)
     base = adapter.header.base_model if adapter.header else None
     config = {"peft_type": "LORA", "task_type": None, "inference_mode": True, "base_model_name_or_path": base}
-    metadata = {"format": "pt", _COMPONENT_KEY: adapter.component, **header_metadata(adapter)}
+    metadata = {"format": "pt", COMPONENT_KEY: adapter.component, **header_metadata(adapter)}
     write_safetensors(target / WEIGHTS_NAME, tensors, metadata)
     atomic_write(target / CONFIG_NAME, json.dumps(config | lora_config(adapter), indent=2, sort_keys=True) + "\n")
     return target
@@ -73,9 +72,7 @@ def adapter_from_folder(
             raise QrloraError(f"{source}: {key} does not start with {PREFIX}, so it was not written by peft.")
     stripped = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     layers, own = layers_of(source, stripped, config, header)
-    component: Component = (
-        "unet" if metadata.get(_COMPONENT_KEY) == "unet" or _looks_like_unet(layers) else "transformer"
-    )
+    component = stored_component(metadata) or _guessed_component(layers)
     return Adapter(layers, header, component, own, source=str(source))
 
 
@@ -94,6 +91,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return json_object(path, text, "the file")
 
 
-def _looks_like_unet(names: Any) -> bool:
+def _guessed_component(names: Iterable[str]) -> Component:
     """peft's files do not say which component they belong to; U-Nets alone have these blocks."""
-    return any(name.startswith(("down_blocks.", "mid_block.", "up_blocks.")) for name in names)
+    blocks = ("down_blocks.", "mid_block.", "up_blocks.")
+    return "unet" if any(name.startswith(blocks) for name in names) else "transformer"

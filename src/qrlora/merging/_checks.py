@@ -1,17 +1,27 @@
 """What must hold before adapters can become one: same component, same layers, same base."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qrlora.basis import Side
 from qrlora.errors import QrloraError
-from qrlora.formats import TEXT_ENCODERS, Adapter, basis_vectors, same_weight
+from qrlora.formats import TEXT_ENCODERS, Adapter, Component, basis_vectors, same_weight
 
 
 def name_of(adapters: Sequence[Adapter], index: int) -> str:
     return adapters[index].source or f"adapter {index + 1}"
+
+
+def companions_of(adapters: Sequence[Adapter], component: Component) -> dict[int, Adapter]:
+    """The adapters' companions for a text encoder by index, each under the name of the adapter it belongs to."""
+    return {
+        index: replace(adapter.companions[component], source=f"{name_of(adapters, index)} ({component})")
+        for index, adapter in enumerate(adapters)
+        if component in adapter.companions
+    }
 
 
 def check_compatible(adapters: Sequence[Adapter], *, equal_layers: bool = True) -> None:
@@ -30,9 +40,9 @@ def check_compatible(adapters: Sequence[Adapter], *, equal_layers: bool = True) 
                 _check_same_layers(adapters, earlier, index, equal_layers)
                 _check_same_base(adapters, earlier, index)
     for component in TEXT_ENCODERS:
-        theirs = [adapter.companions[component] for adapter in adapters if component in adapter.companions]
+        theirs = companions_of(adapters, component)
         if theirs:
-            check_compatible(theirs, equal_layers=False)
+            check_compatible(list(theirs.values()), equal_layers=False)
 
 
 def _check_finite(label: str, adapter: Adapter) -> None:

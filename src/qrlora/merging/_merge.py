@@ -8,7 +8,7 @@ from typing import Any
 from qrlora.adapter import Blocks
 from qrlora.errors import QrloraError, QrloraWarning
 from qrlora.formats import TEXT_ENCODERS, Adapter, Component, check_weight
-from qrlora.merging._checks import basis_difference, check_compatible
+from qrlora.merging._checks import basis_difference, check_compatible, companions_of
 from qrlora.merging._norms import equal_norm_scales, update_norm, warn_of_unequal_norms
 from qrlora.merging._parts import merge_by_layers, restricted
 from qrlora.merging._registry import run
@@ -38,7 +38,7 @@ def merge(
         weights: one finite number an adapter, any sign; all 1 where None.
         method: "sum" (one stored basis: exact at rank r), "concat" (any bases: exact at the summed rank), another
             registered method, or "auto": sum if the stored bases agree to 1e-5, otherwise concat, with a
-            `QrloraWarning`.
+            `QrloraWarning`. For companions "sum" is "auto".
         blocks: which part of each adapter is meant, one an adapter: "all", a preset ("b-lora-content"), a range, a
             regular expression or a list of them (see `qrlora.adapter.blocks`). A layer is then merged over those that
             have it. Companions have no such parts and stay whole.
@@ -81,14 +81,18 @@ def merge(
     def merge_group(some: Sequence[Adapter], theirs: Sequence[float]) -> Adapter:
         return run(_choose(some) if method == "auto" else method, some, theirs, options)
 
+    def merge_companions(some: Sequence[Adapter], theirs: Sequence[float]) -> Adapter:
+        # A sum of the denoiser's parts says nothing of the bases of others.
+        return run(_choose(some) if method in ("auto", "sum") else method, some, theirs, options)
+
     merged = merge_by_layers([part.alone() for part in parts], used, merge_group)
     companions: dict[Component, Adapter] = {}
     for component in TEXT_ENCODERS:
-        owners = [index for index, part in enumerate(parts) if component in part.companions]
-        if not owners:
-            continue
-        theirs = [parts[index].companions[component] for index in owners]
-        companions[component] = merge_by_layers(theirs, [used[index] for index in owners], merge_group)
+        theirs = companions_of(parts, component)
+        if theirs:
+            owned = [used[index] for index in theirs]
+            whole = merge_by_layers(list(theirs.values()), owned, merge_companions)
+            companions[component] = replace(whole, source=None)
     merged = replace(merged, companions=companions)
     if blocks is not None:
         notes = [note | {"blocks": part} for note, part in zip(notes, blocks, strict=True)]

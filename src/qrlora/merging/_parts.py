@@ -56,4 +56,5 @@ def _on(adapter: Adapter, names: Sequence[str]) -> Adapter:
     if header is not None:
         hashes = {name: value for name, value in header.weight_hashes.items() if name in layers}
         header = header.model_copy(update={"weight_hashes": hashes, "base_hash": None, "fingerprint": None})
-    return replace(adapter, layers=layers, header=header)
+    own = {name: adapter.own[name] for name in names if name in adapter.own}
+    return replace(adapter, layers=layers, header=header, own=own)

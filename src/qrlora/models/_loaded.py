@@ -101,8 +101,8 @@ class LoadedModel:
         self._place(component, device, self.offload)
 
     def settle(self) -> None:
-        """After adapters were added: put them where the denoiser computes, if its blocks are elsewhere."""
-        if (stream := self._streams.get(self.family.component)) is not None:
+        """After adapters were added: put them where their component computes, if its blocks are elsewhere."""
+        for stream in self._streams.values():
             stream.settle()
 
     def enable_gradient_checkpointing(self) -> None:
@@ -153,9 +153,9 @@ class LoadedModel:
             if module is None:
                 continue
             stream = self._streams.pop(name, None)
+            if stream is not None:
+                stream.remove()
             if self.source is None or getattr(module, "peft_config", None):
-                if stream is not None:
-                    stream.remove()
                 self._parked[name] = module.to("cpu")
             else:
                 freed.append(weakref.ref(module))
@@ -179,6 +179,7 @@ class LoadedModel:
             present = {name: part for name, part in self.pipeline.components.items() if name not in missing}
             loaded = from_pretrained(self.source, self.dtype, type(self.pipeline), **present)
             for name in missing:
-                setattr(self.pipeline, name, getattr(loaded, name))
+                module = getattr(loaded, name)
+                setattr(self.pipeline, name, None if module is None else module.requires_grad_(False).eval())
         self._released.clear()
         self.place_encoders(place)

@@ -20,11 +20,7 @@ from qrlora.errors import QrloraError
 from qrlora.models._streaming import repeated_blocks
 
 Quantization = Literal["nf4", "int8", "fp8"]
-_PACKAGES: dict[Quantization, tuple[str, str]] = {
-    "nf4": ("bitsandbytes", "bnb"),
-    "int8": ("torchao", "torchao"),
-    "fp8": ("torchao", "torchao"),
-}
+_PACKAGES: dict[Quantization, str] = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao"}
 
 
 def check_quantization(kind: str | None) -> None:
@@ -37,10 +33,10 @@ def check_quantization(kind: str | None) -> None:
         return
     if kind not in get_args(Quantization):
         raise QrloraError(f"quantization={kind} is not known; there are {', '.join(get_args(Quantization))}.")
-    package, extra = _PACKAGES[cast(Quantization, kind)]
+    package = _PACKAGES[cast(Quantization, kind)]
     if find_spec(package) is None:
         raise QrloraError(
-            f"quantization: {kind} needs the package {package}, which is not installed; pip install 'qrlora[{extra}]'."
+            f"quantization: {kind} needs the package {package}, which is not installed; pip install {package}."
         )
 
 

@@ -168,9 +168,16 @@ class BlockStream:
 
     def remove(self) -> None:
         """Leave the model whole on the CPU in the blocks and on the device elsewhere, as if never streamed."""
+        if self._copies is not None:
+            self._copies.synchronize()  # one may still be under way
         for block in self._blocks:
             self._release(block)
-            block.module.forward = block.forward
+            if getattr(block.forward, "__func__", None) is type(block.module).forward:
+                del block.module.forward  # no cycle stays that would keep the weights
+            else:
+                block.module.forward = block.forward
+            block.slot = block.later = block.earlier = None
+        self._last = None
         self._slots.clear()
 
     def _streamed(self, block: _Block) -> Callable[..., Any]:
@@ -215,6 +222,7 @@ class BlockStream:
         with torch.cuda.stream(self._copies):
             self._copies.wait_event(slot.free)
             slot.storage[: len(block.host)].copy_(block.host, non_blocking=True)
+            slot.storage.record_stream(self._copies)
             slot.ready = self._copies.record_event()
         return slot
 

@@ -143,9 +143,15 @@ def _by_step(output: Path) -> list[tuple[int, Path]]:
 
 
 def prune_checkpoints(output: Path, limit: int | None) -> None:
-    """Remove all but the `limit` newest."""
-    if limit is not None:
-        for folder in checkpoint_folders(output)[:-limit]:
+    """Remove all but the `limit` newest complete ones, and damaged ones that are older than the newest of those."""
+    if limit is None:
+        return
+    folders = checkpoint_folders(output)
+    complete = [folder for folder in folders if _is_complete(folder)]
+    if not complete:
+        return
+    for folder in folders[: folders.index(complete[-1])]:
+        if folder not in complete[-limit:]:
             remove_folder(folder)
 
 
@@ -180,6 +186,13 @@ def _read(folder: Path) -> Checkpoint | None:
         return Checkpoint(folder, int(index["step"]), index["record"], str(index["torch"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        return _read(folder) is not None
+    except QrloraError:  # of another version: nothing here can go on from it
+        return False
 
 
 def _sync(folder: Path) -> None:

@@ -110,18 +110,14 @@ def finished_losses(config: TrainConfig, record: Mapping[str, Any], start: Check
     return None
 
 
-def prepare_folder(config: TrainConfig, *, fresh: bool) -> Path:
-    """Make the folder, clear what a killed run left behind and, for a fresh run that may overwrite, its checkpoints."""
+def prepare_folder(config: TrainConfig) -> Path:
+    """Make the folder and clear what a killed run left half-written; what is complete stays, see `outdated_by`."""
     output = Path(config.output_dir)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise QrloraError(f"output_dir: {output} cannot be made: {error.strerror or error}.") from error
     clear_leftovers(output)
-    if fresh:
-        (output / RESULT).unlink(missing_ok=True)
-        for folder in checkpoint_folders(output):
-            remove_folder(folder)
     # resume and overwrite are orders, not settings: without them the file can be run again as it is
     settled = config.model_copy(update={"resume": None, "overwrite": False})
     atomic_write(output / CONFIG, settled.to_yaml())
@@ -129,14 +125,16 @@ def prepare_folder(config: TrainConfig, *, fresh: bool) -> Path:
 
 
 def outdated_by(config: TrainConfig, start: Checkpoint | None) -> list[Path]:
-    """What a run that goes back in its own folder leaves behind: later checkpoints, and a result.
+    """What a run with `overwrite` replaces: of another run everything, of its own what is later than its `start`.
 
-    They are all there is until the run has written something newer, so `forget` waits for that.
+    It is all there is until the run has written something newer, so `forget` waits for that.
     """
     output = Path(config.output_dir)
-    if start is None or not start.within(output) or not config.overwrite or config.resume == "latest":
+    own = start is not None and start.within(output)
+    if not config.overwrite or (own and config.resume == "latest"):
         return []
-    return [*later_checkpoints(output, start.step), output / RESULT, output / LOSSES]
+    step = start.step if start is not None and own else -1
+    return [*later_checkpoints(output, step), output / RESULT, output / LOSSES]
 
 
 def forget(outdated: list[Path], *, keep: Collection[str]) -> None:

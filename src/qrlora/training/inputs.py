@@ -23,7 +23,7 @@ class Inputs(BaseModel):
     """The caption of pictures that have none of their own."""
     dataset_name: str | None = None
     """A data set instead: a hub id, or a local folder that the datasets library reads; its train split is used. Needs
-    qrlora[datasets]."""
+    the package datasets."""
     dataset_config_name: str | None = None
     """Which configuration of the data set, where it has several."""
     image_column: str = "image"

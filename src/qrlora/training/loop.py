@@ -195,7 +195,7 @@ def _prepare(
     # Nothing of the folder was touched so far: whatever could be refused has been.
     trackers = Trackers(config, place, step)
     if place.main:
-        prepare_folder(config, fresh=start is None or not start.within(output))
+        prepare_folder(config)
     accelerator.wait_for_everyone()
     clock.done("adapter")
     return Run(

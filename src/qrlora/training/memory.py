@@ -103,15 +103,22 @@ def with_preset(config: TrainConfig, loaded: LoadedModel) -> dict[str, Any]:
 def load_for(
     memory: Memory | None, model: str | Path, *, dtype: torch.dtype, device: str | torch.device
 ) -> LoadedModel:
-    """Load a whole model as `memory` has it, else as its own training defaults have it; see `load_pipeline`."""
+    """Load a whole model as `memory` has it, else as its own training defaults have it; see `load_pipeline`.
+
+    A training frees the encoders before it reads the denoiser; here both are there at once, so with any `memory` but
+    "max" the blocks of the encoders stay in the CPU's memory.
+
+    Raises:
+        QrloraError: no such model, or the device is too small for it.
+    """
     loaded = load_pipeline(model, dtype=dtype, denoiser=False)
     memory = memory or loaded.training.get("memory")
     settings = {**loaded.training, **({} if memory is None else preset(memory, loaded.denoiser))}
-    loaded.keep_as(
-        settings.get("quantization"), settings.get("offload", "none"), settings.get("encoder_offload", "none")
-    )
-    loaded.place_encoders(device)
-    loaded.load_denoiser(device)
+    streamed = "blocks" if memory not in (None, "max") else settings.get("encoder_offload", "none")
+    loaded.keep_as(settings.get("quantization"), settings.get("offload", "none"), streamed)
+    with enough_to("load the model", memory):
+        loaded.place_encoders(device)
+        loaded.load_denoiser(device)
     return loaded
 
 
@@ -127,6 +134,8 @@ def as_loaded(config: TrainConfig, loaded: LoadedModel) -> TrainConfig:
     """
     has = {name: getattr(loaded, name) for name in MEMORY_FIELDS if name != "gradient_checkpointing"}
     for name, value in has.items():
+        if name == "encoder_offload" and value == "blocks":
+            continue  # serves whoever would have them whole
         if name in config.model_fields_set and getattr(config, name) != value:
             because = "" if config.memory is None else f" (memory: {config.memory})"
             raise QrloraError(
@@ -134,6 +143,23 @@ def as_loaded(config: TrainConfig, loaded: LoadedModel) -> TrainConfig:
                 f"{name}={value}; ask for it where it is loaded (qrlora blend --memory, load_pipeline)."
             )
     return config.model_copy(update=has)
+
+
+@contextmanager
+def enough_to(act: str, memory: Memory | None) -> Iterator[None]:
+    """Tell a device that is too small for something other than a training in one sentence.
+
+    Raises:
+        QrloraError: instead of torch's error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        words = ". ".join(str(error).split(". ")[:2]).rstrip(".")
+        raise QrloraError(
+            f"{words}. Too little to {act}: give --memory what your card has or less (it is {memory or 'not set'}), or "
+            "lower --height and --width. Adapters that were trained are kept; a blend goes on with --resume."
+        ) from error
 
 
 @contextmanager

@@ -26,13 +26,12 @@ def check_packages(config: TrainConfig) -> None:
         QrloraError: names the package.
     """
     wanted = (
-        ("prodigyopt", "prodigy", f"optimizer: {config.optimizer}", config.optimizer == "prodigy"),
-        ("bitsandbytes", "bnb", "use_8bit_adam", config.use_8bit_adam),
+        ("prodigyopt", f"optimizer: {config.optimizer}", config.optimizer == "prodigy"),
+        ("bitsandbytes", "use_8bit_adam", config.use_8bit_adam),
     )
-    for package, extra, key, needed in wanted:
+    for package, key, needed in wanted:
         if needed and find_spec(package) is None:
-            way_out = f"pip install 'qrlora[{extra}]'"
-            raise QrloraError(f"{key} needs the package {package}, which is not installed; {way_out}.")
+            raise QrloraError(f"{key} needs the package {package}, which is not installed; pip install {package}.")
 
 
 def make_optimiser(

@@ -62,7 +62,7 @@ class Run:
     checked: int = 0
     last_good: Path | None = None
     outdated: list[Path] = field(default_factory=list[Path])
-    """Later states of a run that went back, removed once there is a newer one."""
+    """What this run replaces, removed once there is something newer."""
     rates: Callable[[int], float] = field(init=False)
 
     def __post_init__(self) -> None:
