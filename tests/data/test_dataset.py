@@ -134,7 +134,7 @@ def test_a_picture_that_vanished(folder: Path) -> None:
 
 def test_without_the_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(QrloraError, match=r"pip install 'qrlora\[datasets\]'"):
+    with pytest.raises(QrloraError, match=r"pip install datasets"):
         dataset_sources(str(folder), "a <c>")
 
 

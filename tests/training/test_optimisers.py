@@ -214,8 +214,8 @@ def test_prodigys_rate_is_1_unless_given() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"optimizer": "prodigy"}, r"optimizer: prodigy needs the package prodigyopt.*pip install 'qrlora\[prodigy\]'"),
-        ({"use_8bit_adam": True}, r"use_8bit_adam needs the package bitsandbytes.*pip install 'qrlora\[bnb\]'"),
+        ({"optimizer": "prodigy"}, r"optimizer: prodigy needs the package prodigyopt.*pip install prodigyopt"),
+        ({"use_8bit_adam": True}, r"use_8bit_adam needs the package bitsandbytes.*pip install bitsandbytes"),
     ],
 )
 def test_a_missing_package_is_told_before_anything_is_loaded(
