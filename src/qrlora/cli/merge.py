@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+import yaml
 from pydantic import BaseModel, ConfigDict
 
 from qrlora.cli._options import parse_options, refuse_existing, say
@@ -28,7 +29,9 @@ class MergeOptions(BaseModel):
     weights: tuple[float, ...] = ()
     """One an adapter; all 1 where not given."""
     method: str = "auto"
-    """auto (sum on one stored basis, else concat), sum, concat..."""
+    """auto (sum on one stored basis, else concat), sum, concat, svd, ties, dare, knots, orthogonal..."""
+    option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """NAME=VALUE of the method, such as density=0.3; may be given several times."""
     blocks: tuple[str, ...] = ()
     """Which part of each adapter is meant, one an adapter: all, a preset (b-lora-content, splitflux-style...), a range
     such as single_transformer_blocks.10-37, or a regular expression for the beginning of layer paths."""
@@ -62,6 +65,7 @@ def run(arguments: Sequence[str]) -> None:
         options.method,
         blocks=options.blocks or None,
         normalize=options.normalize,
+        **method_options(options.option),
     )
     if as_file:
         merged.save(options.output, save_dtype=options.save_dtype)
@@ -78,6 +82,27 @@ def run(arguments: Sequence[str]) -> None:
         listed = ", ".join(f"{path} {size:.4g}" for path, size in zip(options.adapters, sizes, strict=True))
         say(f"norm times weight: {listed}; ratio {ratio:.3g}")
     print(options.output)
+
+
+def method_options(given: Sequence[str]) -> dict[str, Any]:
+    """`NAME=VALUE` texts as keyword arguments; the values are numbers, true, false, or words.
+
+    Raises:
+        QrloraError: a text without =, or a value that is a list or a mapping.
+    """
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise QrloraError(f"--option {text}: write NAME=VALUE, such as density=0.3.")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise QrloraError(f"--option {text}: {value!r} is no number and no word.") from error
+        if not isinstance(parsed, str | int | float | bool):
+            raise QrloraError(f"--option {text}: {value!r} is no number and no word.")
+        found[name] = parsed
+    return found
 
 
 def _read(options: MergeOptions) -> "list[Adapter]":
