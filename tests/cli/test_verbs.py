@@ -77,6 +77,21 @@ def test_merge(run: Run, adapter: Path, desk: Path, capsys: pytest.CaptureFixtur
     assert run("merge dog/adapter.safetensors --output m.safetensors") == 2
 
 
+@pytest.mark.filterwarnings("ignore:the merge by svd was cut")
+def test_merge_methods_take_options(run: Run, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = "merge dog/adapter.safetensors dog/adapter.safetensors --method svd --output cut.safetensors"
+    assert run(f"{command} --option rank=2") == 0
+    assert "merged by svd: rank 2" in capsys.readouterr().err
+    for option, message in [
+        ("rank", "--option rank: write NAME=VALUE"),
+        ("rank=[1]", "is no number and no word"),
+        ("rank=many", "rank='many' is not valid"),
+        ("density=0.3", "has no option 'density'"),
+    ]:
+        assert run(f"{command} --overwrite --option {option}") == 2
+        assert message in capsys.readouterr().err
+
+
 def test_merge_tells_norms_and_makes_them_equal(
     run: Run, adapter: Path, desk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

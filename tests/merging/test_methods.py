@@ -175,11 +175,13 @@ def test_refusals() -> None:
     for method, options, message in [
         ("ties", {"density": 0.0}, "density=0.0 is no share"),
         ("dare", {"density": 1.5}, "density=1.5 is no share"),
-        ("ties", {"space": "sparse"}, "space='sparse' is not known to ties"),
+        ("ties", {"space": "sparse"}, "space='sparse' is not valid"),
         ("ties", {"space": "coefficients", "rank": 3}, "rank=3 means nothing to ties on coefficients"),
         ("knots", {"density": -1.0}, "density=-1.0 is no share"),
         ("orthogonal", {"strength": 2.0}, "strength=2.0 must lie"),
         ("orthogonal", {"energy": 0.0}, "energy=0.0 is no share"),
+        ("ties", {"density": "high"}, "merge method 'ties': density='high' is not valid"),
+        ("svd", {"rank": True}, "rank=True is not valid"),
         ("svd", {"rang": 3}, "has no option 'rang'; its options are rank"),
     ]:
         with pytest.raises(QrloraError, match=message):

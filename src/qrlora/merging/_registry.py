@@ -3,7 +3,9 @@ options."""
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from qrlora.errors import QrloraError
 from qrlora.formats import Adapter
@@ -41,4 +43,17 @@ def run(name: str, adapters: Sequence[Adapter], weights: Sequence[float], option
         if option not in known:
             described = f"its options are {', '.join(known)}" if known else "it has no options"
             raise QrloraError(f"merge method {name!r} has no option {option!r}; {described}.")
-    return function(adapters, weights, **options)
+    return function(adapters, weights, **_validated(name, function, options))
+
+
+def _validated(name: str, function: MergeMethod, options: dict[str, Any]) -> dict[str, Any]:
+    """The options as the method's annotations have them; a number given as text is none."""
+    hints = get_type_hints(function)
+    checked: dict[str, Any] = {}
+    for option, value in options.items():
+        try:
+            checked[option] = TypeAdapter(hints[option]).validate_python(value, strict=isinstance(value, str | bool))
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"]
+            raise QrloraError(f"merge method {name!r}: {option}={value!r} is not valid: {problem}.") from error
+    return checked
