@@ -3,7 +3,7 @@ PYTHON := $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint starter clean
+.PHONY: demo test lint starter fusion clean
 
 .venv/stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "qrlora needs Python 3.11 or newer; this is " + sys.version.split()[0])'
@@ -32,6 +32,15 @@ starter: .venv/stamp
 	$(BIN)/python -m tools.starter.denoiser --compile
 	$(BIN)/python -m tools.starter.assemble
 	$(BIN)/python -m tools.starter.score
+
+# The fusion benchmark: some hours on two cores; what is done is kept in data/fusion, so a run that was stopped goes on.
+fusion: .venv/stamp
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,emoji]'
+	test -f data/emoji.npz || $(BIN)/python -m tools.emoji.build
+	$(BIN)/python -m benchmarks.fusion screen
+	$(BIN)/python -m benchmarks.fusion merges
+	$(BIN)/python -m benchmarks.fusion test
+	$(BIN)/python -m benchmarks.fusion report
 
 clean:
 	rm -rf .venv demo out dist build .pytest_cache .ruff_cache .import_linter_cache .hypothesis

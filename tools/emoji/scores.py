@@ -112,8 +112,17 @@ class Judge:
 
     def content(self, pictures: np.ndarray, wanted: Sequence[str], candidates: Sequence[str]) -> list[str]:
         """For each of `pictures` the candidate whose picture in its `wanted` style is nearest, both centred."""
-        rows = self.features(pictures)
+        return self.nearest(self.features(pictures), wanted, candidates)
+
+    def nearest(self, rows: Tensor, wanted: Sequence[str], candidates: Sequence[str]) -> list[str]:
+        """The same from features [N, 1280]."""
         return [self._nearest(row, style, candidates) for row, style in zip(rows, wanted, strict=True)]
+
+    def distance(self, rows: Tensor, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """1 - cosine of features [N, 1280] and those of the true pictures of `pairs`, both centred by the style."""
+        means = torch.stack([self.means[style] for _, style in pairs])
+        truth = torch.stack([self.rows[pair] for pair in pairs])
+        return (1 - F.cosine_similarity(rows - means, truth - means)).tolist()
 
     def _nearest(self, row: Tensor, style: str, candidates: Sequence[str]) -> str:
         drawn = [c for c in candidates if (c, style) in self.rows]

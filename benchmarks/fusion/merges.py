@@ -1,0 +1,28 @@
+"""A content and a style adapter into one, by the library's own methods."""
+
+import warnings
+from collections.abc import Sequence
+
+from benchmarks.fusion.config import EXACT, Merge
+from qrlora.errors import QrloraWarning
+from qrlora.formats import Adapter
+from qrlora.merging import merge
+
+
+def merged(way: Merge, adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """The merge; a weight of 0 leaves an adapter out. What the library warns of (norms, ranks) is measured here."""
+    used = [(adapter, weight) for adapter, weight in zip(adapters, weights, strict=True) if weight != 0]
+    parts, strengths = [adapter for adapter, _ in used], [weight for _, weight in used]
+    # Adapters of other parts of the network have other layers: what both have is merged, the rest is kept.
+    apart = len({frozenset(part.layers) for part in parts}) > 1
+    method = "auto" if way.method == EXACT else way.method
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QrloraWarning)
+        return merge(
+            parts,
+            strengths,
+            method,
+            normalize=way.normalize,
+            blocks=["all"] * len(parts) if apart else None,
+            **way.options,
+        )

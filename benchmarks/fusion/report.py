@@ -1,0 +1,164 @@
+"""Tables of a stage's results, as Markdown: beside the results, and in docs/fusion.md."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.fusion.statistics import bootstrap, difference, geometric
+from qrlora.formats import atomic_write
+
+COLUMNS = {
+    "content": "content right",
+    "style": "style right",
+    "both": "both right",
+    "feature": "feature distance",
+    "look": "look distance",
+    "pixels": "pixel distance",
+    "drift": "drift",
+}
+AGAINST = "lora"
+Results = Mapping[str, Any]
+
+
+def tables(results: Results) -> str:
+    """Everything a stage found, as Markdown."""
+    lines = [f"`{results['command']}`", "", _about(results), ""]
+    for shots in results["stage"]["shots"]:
+        plural = "" if shots == 1 else "s"
+        for which, words in (("even", "weights (1, 1)"), ("best", "each method's best weights on dev")):
+            lines += [f"### {shots} style picture{plural}, {words}", "", *score_table(results, str(shots), which), ""]
+        lines += [f"### Against plain LoRA on the same pairs, {shots} style picture{plural}", ""]
+        lines += [*difference_table(results, str(shots)), ""]
+    lines += ["### Each adapter alone, and the learning rates that were chosen", "", *alone_table(results), ""]
+    return "\n".join(lines)
+
+
+def _about(results: Results) -> str:
+    stage, classifier = results["stage"], results["classifier"]
+    pairs, contents, styles = len(results["pairs"]), stage["contents"], stage["styles"]
+    seeds, draws = len(stage["seeds"]), stage["draws"]
+    shown = f", {classifier['shown']:.2f} as the autoencoder shows them" if classifier["shown"] is not None else ""
+    styles_of = " or ".join(f"{stage['steps']['style'][str(k)]} ({k} pictures)" for k in stage["shots"])
+    styles_of = styles_of.replace("(1 pictures)", "(1 picture)")
+    return (
+        f"Base {results['base']}; torch {results['versions']['torch']}, {results['machine']}. {stage['split']}: "
+        f"{contents} contents x {styles} styles = {pairs} pairs, {seeds} seed{'s' * (seeds > 1)}"
+        f"{f', {draws} pictures each' if draws > 1 else ''}; "
+        f"{stage['steps']['content']} steps of {stage['batch']} for a content, {styles_of} for a style, "
+        f"rank {stage['rank']} unless said. Content among {results['candidates']}; the style classifier is right on "
+        f"{classifier['true']:.2f} of the true pictures{shown}. "
+        "Intervals: 95 %, bootstrap over pairs."
+    )
+
+
+def score_table(results: Results, shots: str, which: str) -> list[str]:
+    """One line a method, best objective first, then ceilings and floors."""
+    names = [*COLUMNS]
+    lines = [f"| | weights | {' | '.join(COLUMNS.values())} |", "|---|---|" + "---|" * len(names)]
+    found = {name: each["shots"][shots] for name, each in results["methods"].items() if each.get("shots")}
+    for name in sorted(found, key=lambda each: -share(found[each][which])):
+        weights = found[name]["weights"] if which == "best" else (1, 1)
+        words = f"{weights[0]:g}, {weights[1]:g}"
+        lines.append(f"| {_label(results, name)} | {words} | {' | '.join(_cells(found[name][which], names))} |")
+    for name, scores in results.get("references", {}).items():
+        lines.append(f"| *{name}* | | {' | '.join(_cells(scores, names))} |")
+    return lines
+
+
+def _label(results: Results, name: str) -> str:
+    return f"**{name}**: {results['methods'][name]['about']}"
+
+
+def _cells(scores: Mapping[str, Sequence[float]], names: Sequence[str]) -> list[str]:
+    return [str(bootstrap(np.asarray(scores[name]))) if name in scores else "" for name in names]
+
+
+def share(scores: Mapping[str, Sequence[float]]) -> float:
+    """The geometric mean of content right and style right."""
+    return float(geometric(_hits(scores)))
+
+
+def _hits(scores: Mapping[str, Sequence[float]]) -> np.ndarray:
+    return np.stack([np.asarray(scores["content"]), np.asarray(scores["style"])], axis=1)
+
+
+def difference_table(results: Results, shots: str) -> list[str]:
+    """Each method less plain LoRA, pair by pair: the interval tells whether it is more than chance."""
+    found = {name: each["shots"][shots] for name, each in results["methods"].items() if each.get("shots")}
+    if AGAINST not in found:
+        return ["Plain LoRA is not among these results."]
+    lines = ["| | weights | geometric mean | both right | feature distance | look distance |", "|---" * 6 + "|"]
+    for name in found:
+        if name == AGAINST:
+            continue
+        for which, words in (("even", "1, 1"), ("best", "best")):
+            one, other = found[name][which], found[AGAINST][which]
+            values = [difference(_hits(one), _hits(other), geometric)]
+            values += [difference(np.asarray(one[k]), np.asarray(other[k])) for k in ("both", "feature", "look")]
+            lines.append(f"| {name} | {words} | {' | '.join(_signed(each) for each in values)} |")
+    return lines
+
+
+def _signed(interval: Any) -> str:
+    text = f"{interval.value:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+    return f"**{text}**" if interval.low > 0 or interval.high < 0 else text
+
+
+def alone_table(results: Results) -> list[str]:
+    """How well each adapter does its own part, without the other."""
+    heads = ["", "learning rate", "tried (objective)", "content alone: right", "its feature distance"]
+    heads += ["style alone: right", "its look distance"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, each in results["methods"].items():
+        if not each.get("shots"):
+            lines.append(f"| {name} | diverged at every rate | | | | | |")
+            continue
+        tried = [f"{rate} ({_objective(found)})" for rate, found in each.get("rates", {}).items()]
+        some = {int(k): s["alone"] for k, s in each["shots"].items()}
+        content = some[min(some)]["content"]
+        style = ", ".join(f"{some[k]['style']['style']:.2f} ({k})" for k in sorted(some))
+        look = ", ".join(f"{some[k]['style']['look']:.2f} ({k})" for k in sorted(some))
+        cells = [f"{each['rate']:g}", ", ".join(tried), f"{content['content']:.2f}", f"{content['feature']:.2f}"]
+        lines.append(f"| {name} | {' | '.join([*cells, style, look])} |")
+    return lines
+
+
+def _objective(found: Mapping[str, Any]) -> str:
+    return "diverged" if "diverged" in found else f"{found['objective'][0]:.2f}"
+
+
+def merge_tables(results: Results, plain: Results, about: Callable[[str], str]) -> str:
+    """Ways to merge, beside the plain sum of the same adapters.
+
+    Args:
+        results: of the stage `merges`: by method, merge and shots.
+        plain: of the screen.
+        about: what a merge is, by its name.
+    """
+    lines = [f"`{results['command']}`", ""]
+    for name, merges in results["methods"].items():
+        rows = {"exact": plain["methods"][name]["shots"], **merges}
+        for shots in results["stage"]["shots"]:
+            lines += [f"### Adapters of {name}, {shots} style picture{'s' * (shots > 1)}", ""]
+            lines += [f"| merge | weights | {' | '.join(COLUMNS.values())} |", "|---|---|" + "---|" * len(COLUMNS)]
+            for merge, found in rows.items():
+                each = found[str(shots)]
+                for which, weights in (("even", (1, 1)), ("best", each["weights"])):
+                    cells = " | ".join(_cells(each[which], [*COLUMNS]))
+                    words = f"{weights[0]:g}, {weights[1]:g}"
+                    lines.append(f"| **{merge}**: {about(merge)} | {words} | {cells} |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def put_between(path: Path, mark: str, text: str) -> None:
+    """Replace what stands between `<!-- mark -->` and `<!-- /mark -->` in a document that has them."""
+    if not path.exists():
+        return
+    whole = path.read_text(encoding="utf-8")
+    start, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    if start in whole and end in whole:
+        head, tail = whole.split(start)[0], whole.split(end)[1]
+        atomic_write(path, f"{head}{start}\n\n{text.strip()}\n\n{end}{tail}")
