@@ -11,6 +11,7 @@ from benchmarks.fusion.cells import CONTENT_PROMPT, MERGED_PROMPT, STYLE_PROMPT,
 from benchmarks.fusion.config import Merge, Method, Weights, role_seed
 from benchmarks.fusion.draw import Picture, draw, passes
 from benchmarks.fusion.merges import merged
+from benchmarks.fusion.precision import computing
 from benchmarks.fusion.scores import Pair, Scorer
 from benchmarks.fusion.store import NotThereYet, Progress, Store, digest, key_of
 from benchmarks.fusion.teach import configuration, teach
@@ -45,12 +46,18 @@ class Bench(Layout):
         """Hash of the adapted weights of the base."""
         return hash_of(self.model)
 
+    @property
+    def _precision(self) -> dict[str, str]:
+        """For keys; what is there already was computed in float32."""
+        return {} if self.stage.precision == "float32" else {"precision": self.stage.precision}
+
     def task_key(self, task: Task) -> str:
         """What an adapter depends on."""
         lesson = self.lesson(task)
         return key_of(
             {
                 **({"training": dict(task.training)} if task.training else {}),
+                **self._precision,
                 "base": self.base,
                 "spec": task.spec.model_dump(mode="json"),
                 "rate": task.rate,
@@ -83,9 +90,10 @@ class Bench(Layout):
         seed = role_seed(first.role, first.seed)
         config = configuration(first.spec, first.rate, first.steps, batch, seed, **dict(first.training))
         work, what = STEP_WORK * batch * len(tasks), f"{first.role} adapters, {_words(first.spec)} at {first.rate:g}"
-        keep = self.stage.keep if first.role == "content" else ()
+        keep = self.stage.keep if first.role == "content" else ()  # of all methods: adapters are small
         lessons = [self.lesson(task) for task in tasks]
-        kept = teach(self.model, config, lessons, keep=keep, on_step=lambda _: self.progress.step(work, what))
+        with computing(self.model.denoiser, self.stage.precision):
+            kept = teach(self.model, config, lessons, keep=keep, on_step=lambda _: self.progress.step(work, what))
         for step in sorted(kept):  # the last step comes last: where it is, the others are
             for task, taught in zip(tasks, kept[step], strict=True):
                 key = self.task_key(replace(task, steps=step))
@@ -195,7 +203,7 @@ class Bench(Layout):
 
     def _pictures(self, what: str, keys: dict[str, Any], picture: Any, count: int | None = None) -> np.ndarray:
         number = self.count if count is None else count
-        settings = self.model.defaults.model_dump()
+        settings = {**self.model.defaults.model_dump(), **self._precision}
         key, work = key_of({"pictures": keys, "settings": settings}), passes(self.model)
         found = self.store.pictures(key)
         if found is not None:
@@ -204,7 +212,8 @@ class Bench(Layout):
         if not self.compute:
             raise NotThereYet
         on_drawn = partial(self._drawn, work, what)
-        made = draw(self.model, [picture(i) for i in range(number)], on_drawn=on_drawn)
+        with computing(self.model.denoiser, self.stage.precision):
+            made = draw(self.model, [picture(i) for i in range(number)], on_drawn=on_drawn)
         self.store.put_pictures(key, made)
         return made
 

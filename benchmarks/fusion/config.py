@@ -7,6 +7,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from benchmarks.fusion.precision import Precision
 from qrlora.adapter import AdapterSpec, check_spec
 from qrlora.adapter.forms import form_of
 from qrlora.errors import QrloraError
@@ -101,8 +102,10 @@ class Stage(Entry):
         batch: pictures a step and adapter.
         rank: of adapters that have no rank of their own.
         weights: (content, style) tried besides (1, 1) to find the best and to draw the frontier.
-        keep: steps of the content adapter at which merges are scored besides the last.
+        keep: steps of the content adapter at which merges of the methods in `keep_of` are scored besides the last.
         together: adapters trained in one pass, and pictures drawn in one.
+        inference_steps: of each picture; the base's own number where None.
+        precision: of the denoiser's products.
     """
 
     split: Literal["dev", "test"]
@@ -115,6 +118,9 @@ class Stage(Entry):
     rank: int = Field(gt=0)
     weights: tuple[Weights, ...]
     keep: tuple[int, ...] = ()
+    keep_of: tuple[str, ...] = ()
+    inference_steps: int | None = Field(default=None, gt=0)
+    precision: Precision = "float32"
     together: int = Field(default=6, gt=0)
     draws: int = Field(default=1, gt=0)
     learning_rates: int | None = Field(default=None, gt=0)

@@ -40,7 +40,7 @@ def plan_work(bench: Bench, methods: Sequence[str]) -> float:
         rates = len(stage.rates(bench.plan.method(name)))
         alone = (stage.contents + stage.styles * len(bench.splits.shown)) * seeds * per_picture
         total += rates * (seeds * step * train + shots * cell)
-        total += shots * (alone + cell * (len(stage.weights) + 2 + len(stage.keep)))
+        total += shots * (alone + cell * (len(stage.weights) + 2 + (len(stage.keep) if name in stage.keep_of else 0)))
     return total
 
 
@@ -82,7 +82,8 @@ def screen_shots(bench: Bench, name: str, rate: float, shots: int, merge: str = 
     if merge != EXACT:
         return found
     alone = bench.alone(name, rate, shots)
-    steps = {str(k): summary(bench.scores(Cell(name, rate, shots, steps=k))) for k in bench.stage.keep}
+    keep = bench.stage.keep if name in bench.stage.keep_of else ()
+    steps = {str(k): summary(bench.scores(Cell(name, rate, shots, steps=k))) for k in keep}
     return found | {"alone": {role: summary(each) for role, each in alone.items()}, "steps": steps}
 
 

@@ -182,6 +182,8 @@ def open_bench(options: Options, plan: Plan, stage: Stage, *, compute: bool = Tr
     emoji, chosen = open_emoji(options.data), split_files.load()
     chosen.check(emoji)
     model = load_pipeline(starter.path())
+    if stage.inference_steps is not None:
+        model.defaults = model.defaults.model_copy(update={"num_inference_steps": stage.inference_steps})
     store, through = Store(options.work / hash_of(model)[:12]), there_and_back(model)
     candidates = emoji.dev_contents if stage.split == "dev" else emoji.test_contents
     judged = [*candidates, *chosen.taught, *chosen.shown]
