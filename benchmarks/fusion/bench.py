@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.fusion.cells import CONTENT_PROMPT, MERGED_PROMPT, STYLE_PROMPT, Cell, Layout, Task
-from benchmarks.fusion.config import Merge, Method, Weights, role_seed
+from benchmarks.fusion.config import role_seed
 from benchmarks.fusion.draw import Picture, draw, passes
-from benchmarks.fusion.merges import merged
+from benchmarks.fusion.merges import merged, schedule_of
 from benchmarks.fusion.precision import computing
 from benchmarks.fusion.scores import Pair, Scorer
 from benchmarks.fusion.store import NotThereYet, Progress, Store, digest, key_of
@@ -120,7 +120,7 @@ class Bench(Layout):
         keys = {**self._cell_keys(cell), "prompts": prompts}
 
         def picture(index: int) -> Picture:
-            return Picture(prompts[index], 0, self._merged(cell, index).adapters)
+            return replace(self._merged(cell, index), prompt=prompts[index], seed=0)
 
         made = self._pictures(f"drift of {cell.method}", keys, picture)
         before = self.base_pictures(prompts, [0] * self.count)
@@ -176,7 +176,7 @@ class Bench(Layout):
         tasks = [task for i in range(self.count) for task in self.tasks_of(cell, i)]
         return {
             "adapters": [self.task_key(task) for task in tasks],
-            "merge": self.plan.merge(cell.merge).model_dump(exclude={"about"}),
+            "merge": self.plan.merge(cell.merge).key(),
             "weights": list(cell.weights),
             **({"draws": self.stage.draws} if self.stage.draws > 1 else {}),
         }
@@ -185,15 +185,11 @@ class Bench(Layout):
         method, merge = self.plan.method(cell.method), self.plan.merge(cell.merge)
         tasks = self.tasks_of(cell, index)
         adapters = [self._adapter(task) for task in tasks]
-        return Picture(MERGED_PROMPT, self.picture_seed(index), self._merge(method, merge, adapters, cell.weights))
-
-    @staticmethod
-    def _merge(
-        method: Method, merge: Merge, adapters: Sequence[Adapter], weights: Weights
-    ) -> tuple[tuple[Adapter, float], ...]:
-        if method.runtime:
-            return tuple(zip(adapters, weights, strict=True))
-        return ((merged(merge, adapters, weights), 1.0),)
+        seed, weights = self.picture_seed(index), cell.weights
+        if method.runtime or merge.runtime:
+            both = tuple(zip(adapters, weights, strict=True))
+            return Picture(MERGED_PROMPT, seed, both, schedule_of(merge, adapters))
+        return Picture(MERGED_PROMPT, seed, ((merged(merge, adapters, weights), 1.0),))
 
     def _adapter(self, task: Task) -> Adapter:
         adapter = self.store.adapter(self.task_key(task))

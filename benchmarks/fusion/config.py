@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from benchmarks.fusion.precision import Precision
-from qrlora.adapter import AdapterSpec, check_spec
+from qrlora.adapter import AdapterSpec, TimestepRange, check_spec
 from qrlora.adapter.forms import form_of
 from qrlora.errors import QrloraError
 from qrlora.merging import merge_names
@@ -67,12 +67,31 @@ class Method(Entry):
 
 
 class Merge(Entry):
-    """One way to merge: "exact" is the sum of the updates, by `sum` on one basis and `concat` otherwise."""
+    """One way to merge.
+
+    Attributes:
+        about: what it is, for the table.
+        method: a registered one, or "exact": the sum of the updates, by `sum` on one basis and `concat` otherwise.
+        options: of the method.
+        normalize: both to one norm first.
+        timesteps: by role, the range within which its adapter acts; both are then attached.
+    """
 
     about: str
     method: str
     options: dict[str, Any] = {}
     normalize: bool = False
+    timesteps: dict[Role, TimestepRange] = {}
+
+    @property
+    def runtime(self) -> bool:
+        """Whether it is made while a picture is drawn."""
+        return bool(self.timesteps)
+
+    def key(self) -> dict[str, Any]:
+        """What its pictures depend on."""
+        found = self.model_dump(mode="json", exclude={"about", "timesteps"})
+        return {**found, "timesteps": self.timesteps} if self.timesteps else found
 
     @model_validator(mode="after")
     def _known(self) -> Self:

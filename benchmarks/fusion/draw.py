@@ -7,17 +7,19 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.fusion.many import Stack, carrying, stacked
+from benchmarks.fusion.schedule import Schedule, following
 from qrlora.formats import Adapter
 from qrlora.models import LoadedModel
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture to draw: a prompt, a seed, and adapters with their weights, none for the base."""
+    """One picture to draw: a prompt, a seed, and adapters with their weights, none for the base; a schedule, if any."""
 
     prompt: str
     seed: int
     adapters: tuple[tuple[Adapter, float], ...] = ()
+    schedule: Schedule | None = None
 
 
 def passes(model: LoadedModel) -> int:
@@ -43,7 +45,11 @@ def draw(
     made: list[Image.Image] = []
     for start in range(0, len(pictures), together):
         part = pictures[start : start + together]
-        with carrying(model.denoiser, _stacks(part), len(part)):
+        layers = _stacks(part)
+        with (
+            carrying(model.denoiser, layers, len(part)),
+            following(model.denoiser, layers, [picture.schedule for picture in part]),
+        ):
             made += model.family.generate(
                 model.pipeline,
                 [picture.prompt for picture in part],

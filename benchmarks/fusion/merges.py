@@ -3,7 +3,9 @@
 import warnings
 from collections.abc import Sequence
 
-from benchmarks.fusion.config import EXACT, Merge
+from benchmarks.fusion.config import EXACT, ROLES, Merge
+from benchmarks.fusion.schedule import Schedule, by_timesteps
+from qrlora.adapter import ALL_TIMESTEPS
 from qrlora.errors import QrloraWarning
 from qrlora.formats import Adapter
 from qrlora.merging import merge
@@ -26,3 +28,10 @@ def merged(way: Merge, adapters: Sequence[Adapter], weights: Sequence[float]) ->
             blocks=["all"] * len(parts) if apart else None,
             **way.options,
         )
+
+
+def schedule_of(way: Merge, adapters: Sequence[Adapter]) -> Schedule | None:
+    """Of a merge that is made while a picture is drawn; None where all adapters always act."""
+    if way.timesteps:
+        return by_timesteps([way.timesteps.get(role, ALL_TIMESTEPS) for role in ROLES])
+    return None

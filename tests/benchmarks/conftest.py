@@ -100,6 +100,7 @@ def plan() -> Plan:
         rank=2,
         weights=((0.5, 1.0),),
         keep=(1,),
+        keep_of=("qr", "lora"),
         together=2,
     )
     return Plan(methods=methods, merges=load_plan().merges, stages={"screen": stage})

@@ -11,6 +11,7 @@ from torch import nn
 
 from benchmarks.fusion.draw import Picture, draw
 from benchmarks.fusion.many import ManyLinear, carrying, stacked
+from benchmarks.fusion.schedule import by_timesteps
 from benchmarks.fusion.teach import Lesson, clip_each, configuration, teach
 from qrlora.adapter import AdapterSpec, attach_adapter, remove_adapter, set_adapters
 from qrlora.errors import QrloraError
@@ -164,3 +165,20 @@ def test_gradients_are_clipped_adapter_by_adapter() -> None:
             grad = many[place].grad
             assert grad is not None
             assert torch.allclose(grad[i], alone[i][place].grad, rtol=1e-5)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_schedule_leaves_adapters_out_by_timestep(model: LoadedModel, pictures: np.ndarray) -> None:
+    one, other = (_stronger(each) for each in taught(model, pictures, AdapterSpec(rank=2, basis="lora")))
+    both = ((one, 1.0), (other, 1.0))
+    never = Picture("a dog", 0, both, by_timesteps([(0.0, 1000.0), (2000.0, 3000.0)]))
+    free = Picture("a dog", 0, both)
+    scheduled, beside = draw(model, [never, free])
+    alone, summed = draw(model, [Picture("a dog", 0, ((one, 1.0),))])[0], draw(model, [free])[0]
+    assert np.abs(scheduled.astype(int) - alone).max() <= 1
+    assert np.abs(beside.astype(int) - summed).max() <= 1
+    assert np.abs(summed.astype(int) - alone).max() > 3
+
+
+def test_ranges_of_timesteps_hold_their_ends() -> None:
+    factors = by_timesteps([(400, 1000), (0, 800)])
+    assert [factors("any", t) for t in (1000, 800, 600, 400, 399.9)] == [[1, 0], [1, 1], [1, 1], [1, 1], [0, 1]]
