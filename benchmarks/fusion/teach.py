@@ -98,7 +98,7 @@ def teach(
     """
     denoiser, process = model.denoiser, model.family.noise_process(model.pipeline)
     like, many = _start(denoiser, config.adapter, len(lessons), cache)
-    encoded = [_encoded(model, lesson) for lesson in lessons]
+    encoded = [_encoded(model, lesson, mirrored=config.random_flip) for lesson in lessons]
     optimiser = make_optimiser(config, many.parameters)
     curves: list[Tensor] = []
     kept: dict[int, list[Taught]] = {}
@@ -139,10 +139,12 @@ def _frozen_side(spec: AdapterSpec, form: str) -> Any:
     return None if form in ("lora", "dora", "both") else spec.side
 
 
-def _encoded(model: LoadedModel, lesson: Lesson) -> Encoded:
+def _encoded(model: LoadedModel, lesson: Lesson, *, mirrored: bool) -> Encoded:
     examples = [_example(picture, caption) for picture, caption in zip(lesson.pictures, lesson.captions, strict=True)]
     length = model.defaults.max_sequence_length
-    encoded = encode_examples(examples, model.family, model.pipeline, max_sequence_length=length)
+    encoded = encode_examples(
+        examples, model.family, model.pipeline, max_sequence_length=length, random_flip=mirrored
+    )
     return encoded.to(model.denoiser.dtype)
 
 
