@@ -138,4 +138,5 @@ class Layout:
 
 
 def _training(method: Method, role: Role) -> tuple[tuple[str, Any], ...]:
-    return tuple(sorted(method.training.get(role, {}).items()))
+    found = method.training.get(role, {})
+    return tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in sorted(found.items()))

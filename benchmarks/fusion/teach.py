@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.fusion.many import Trainable, carrying, trainable
@@ -23,7 +24,7 @@ from qrlora.adapter import (
     remove_adapter,
 )
 from qrlora.adapter.forms import form_of
-from qrlora.data import Encoded, Example, encode_examples
+from qrlora.data import Encoded, Framing, Picture, Source, encode_examples, frame, in_looks
 from qrlora.errors import QrloraError
 from qrlora.formats import Adapter, LowRank
 from qrlora.models import LoadedModel, NoiseProcess
@@ -98,7 +99,7 @@ def teach(
     """
     denoiser, process = model.denoiser, model.family.noise_process(model.pipeline)
     like, many = _start(denoiser, config.adapter, len(lessons), cache)
-    encoded = [_encoded(model, lesson, mirrored=config.random_flip) for lesson in lessons]
+    encoded = [_encoded(model, lesson, config) for lesson in lessons]
     optimiser = make_optimiser(config, many.parameters)
     curves: list[Tensor] = []
     kept: dict[int, list[Taught]] = {}
@@ -139,19 +140,21 @@ def _frozen_side(spec: AdapterSpec, form: str) -> Any:
     return None if form in ("lora", "dora", "both") else spec.side
 
 
-def _encoded(model: LoadedModel, lesson: Lesson, *, mirrored: bool) -> Encoded:
-    examples = [_example(picture, caption) for picture, caption in zip(lesson.pictures, lesson.captions, strict=True)]
-    length = model.defaults.max_sequence_length
+def _encoded(model: LoadedModel, lesson: Lesson, config: TrainConfig) -> Encoded:
+    sources = [_source(picture, caption) for picture, caption in zip(lesson.pictures, lesson.captions, strict=True)]
+    height, width = lesson.pictures[0].shape[:2]
     encoded = encode_examples(
-        examples, model.family, model.pipeline, max_sequence_length=length, random_flip=mirrored
+        frame(in_looks(sources, config.looks), Framing(((height, width),))),
+        model.family,
+        model.pipeline,
+        max_sequence_length=model.defaults.max_sequence_length,
+        random_flip=config.random_flip,
     )
     return encoded.to(model.denoiser.dtype)
 
 
-def _example(picture: np.ndarray, caption: str) -> Example:
-    pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1).float() / 127.5 - 1.0
-    height, width = pixels.shape[1:]
-    return Example("memory", pixels, None, caption, (height, width), (0, 0), 0)
+def _source(picture: np.ndarray, caption: str) -> Source:
+    return Source("memory", caption, lambda: Picture(Image.fromarray(picture), None))
 
 
 def _losses(

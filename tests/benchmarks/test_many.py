@@ -82,6 +82,17 @@ def test_an_adapter_taught_among_others_is_the_one_that_train_makes(
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
 
 
+def test_looks_and_flips_are_those_of_train(model: LoadedModel, pictures: np.ndarray, tmp_path: Path) -> None:
+    spec, more = AdapterSpec(rank=2, basis="lora"), {"looks": ("sepia", "inverted"), "random_flip": True}
+    config = configuration(spec, 2e-3, 4, 2, 5, **more)
+    one = teach(model, config, [Lesson([pictures[1]], ["a <c> emoji"])])[4][0]
+    Image.fromarray(pictures[1]).save(tmp_path / "one.png")
+    given = {"instance_data_dir": str(tmp_path / "one.png"), "instance_prompt": "a <c> emoji", "resolution": 64}
+    values = {**config.model_dump(exclude_unset=True), **given, "output_dir": str(tmp_path / "out")}
+    result = train(TrainConfig.parse(values), loaded=model, progress=False)
+    assert one.losses == pytest.approx(result.losses, abs=1e-5)
+
+
 def weights(denoiser: nn.Module) -> dict[str, torch.Tensor]:
     """Of the base, by path; peft leaves empty wrappers behind."""
     state = denoiser.state_dict().items()

@@ -7,18 +7,17 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageFilter
 
+from qrlora.data import LOOKS
+from qrlora.data.looks import edges, grey, ramp, to_bytes
+
 Picture = np.ndarray
 Colour = tuple[int, int, int]
 
 WHITE_STEP = 24
-SEPIA: tuple[Colour, ...] = ((46, 26, 14), (112, 66, 34), (178, 122, 70), (222, 184, 128), (250, 236, 208))
 SKY: Colour = (92, 156, 232)
-PURPLE: Colour = (58, 12, 110)
-YELLOW: Colour = (255, 222, 60)
 RED: Colour = (214, 24, 40)
 CYAN: Colour = (170, 244, 250)
 PAPER: Colour = (236, 222, 192)
-LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -31,17 +30,6 @@ class Treatment:
     apply: Callable[[Picture], Picture]
 
 
-def grey(picture: Picture) -> np.ndarray:
-    """Brightness in 0..1, float32 [H, W]."""
-    return picture.astype(np.float32) @ LUMA / 255.0
-
-
-def to_bytes(values: np.ndarray) -> Picture:
-    """Values in 0..1, [H, W] or [H, W, 3], as a uint8 picture."""
-    picture = np.clip(np.rint(values * 255.0), 0, 255).astype(np.uint8)
-    return np.repeat(picture[..., None], 3, axis=2) if picture.ndim == 2 else picture
-
-
 def unit(size: int) -> int:
     """A length of one pixel at 64, in proportion at other sizes."""
     return max(1, round(size / 64))
@@ -51,16 +39,6 @@ def blur(values: np.ndarray, radius: float) -> np.ndarray:
     """Gaussian blur of values in 0..1, [H, W]."""
     image = Image.fromarray(np.rint(values * 255.0).astype(np.uint8))
     return np.asarray(image.filter(ImageFilter.GaussianBlur(radius)), dtype=np.float32) / 255.0
-
-
-def edges(picture: Picture) -> np.ndarray:
-    """Largest Sobel gradient over the channels, 0 and up, float32 [H, W]."""
-    values = np.pad(picture.astype(np.float32) / 255.0, ((1, 1), (1, 1), (0, 0)), mode="edge")
-    down = values[:-2] - values[2:]
-    right = values[:, :-2] - values[:, 2:]
-    vertical = down[:, :-2] + 2 * down[:, 1:-1] + down[:, 2:]
-    horizontal = right[:-2] + 2 * right[1:-1] + right[2:]
-    return np.hypot(vertical, horizontal).max(axis=2)
 
 
 def figure(picture: Picture) -> np.ndarray:
@@ -92,34 +70,11 @@ def dilate(mask: np.ndarray, radius: int) -> np.ndarray:
     return grown
 
 
-def ramp(values: np.ndarray, dark: Colour, light: Colour) -> Picture:
-    """Brightness mapped from one colour to another."""
-    low, high = np.array(dark, dtype=np.float32), np.array(light, dtype=np.float32)
-    return np.rint(low + np.clip(values, 0, 1)[..., None] * (high - low)).astype(np.uint8)
-
-
 def paper(size: int, strength: float) -> np.ndarray:
     """Fixed grain around 1, float32 [size, size]."""
     noise = np.random.default_rng(7).standard_normal((size, size)).astype(np.float32)
     coarse = blur(np.clip(0.5 + noise / 6, 0, 1), 0.7 * unit(size)) - 0.5
     return 1.0 + strength * coarse / max(float(coarse.std()), 1e-6)
-
-
-def line_drawing(picture: Picture) -> Picture:
-    """Dark lines along the edges, on white."""
-    strength = np.clip((edges(picture) - 0.35) / 1.2, 0, 1)
-    return to_bytes(1.0 - strength)
-
-
-def sepia(picture: Picture) -> Picture:
-    """Brightness in five steps of brown."""
-    steps = np.minimum((grey(picture) * len(SEPIA)).astype(int), len(SEPIA) - 1)
-    return np.array(SEPIA, dtype=np.uint8)[steps]
-
-
-def inverted(picture: Picture) -> Picture:
-    """The negative."""
-    return 255 - picture
 
 
 def halftone(picture: Picture) -> Picture:
@@ -153,11 +108,6 @@ def blue_background(picture: Picture) -> Picture:
     near = dilate(~inside, unit(picture.shape[0]))
     tinted = np.rint(picture.astype(np.float32) * np.array(SKY, dtype=np.float32) / 255.0).astype(np.uint8)
     return np.where((near & (picture.min(axis=2) > 128))[..., None], tinted, picture)
-
-
-def duotone(picture: Picture) -> Picture:
-    """Purple shadows and yellow lights."""
-    return ramp(grey(picture), PURPLE, YELLOW)
 
 
 def pencil(picture: Picture) -> Picture:
@@ -198,17 +148,22 @@ def red_cyan(picture: Picture) -> Picture:
     return ramp(grey(picture), RED, CYAN)
 
 
+def _look(name: str) -> Treatment:
+    """One that the library has too, for content adapters."""
+    return Treatment(name, LOOKS[name].words, "train", LOOKS[name].apply)
+
+
 TREATMENTS: dict[str, Treatment] = {
     treatment.name: treatment
     for treatment in (
-        Treatment("line-drawing", "as a line drawing", "train", line_drawing),
-        Treatment("sepia", "in sepia tones", "train", sepia),
-        Treatment("inverted", "in inverted colours", "train", inverted),
+        _look("line-drawing"),
+        _look("sepia"),
+        _look("inverted"),
         Treatment("halftone", "as a halftone print", "train", halftone),
         Treatment("embossed", "as an embossed relief", "train", embossed),
         Treatment("pixelated", "as pixel art", "train", pixelated),
         Treatment("blue-background", "on a blue background", "train", blue_background),
-        Treatment("duotone", "in purple and yellow", "train", duotone),
+        _look("duotone"),
         Treatment("pencil", "in pencil hatching", "held-out", pencil),
         Treatment("paper-shadow", "on paper with a shadow", "held-out", paper_shadow),
         Treatment("thick-outline", "with a thick outline", "held-out", thick_outline),

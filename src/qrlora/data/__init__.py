@@ -6,15 +6,18 @@ from qrlora.data._encode import Encoded, Group, encode_examples, encode_texts
 from qrlora.data._examples import Example, Framing, Source, frame
 from qrlora.data._folder import class_sources, folder_sources, load_examples, picture_files, pictures_in
 from qrlora.data._pictures import MAX_FILE_BYTES, MAX_PIXELS, Picture, decode_picture, open_picture, square
+from qrlora.data.looks import LOOKS, Look, in_looks
 
 __all__ = [
     "AUTO",
+    "LOOKS",
     "MAX_FILE_BYTES",
     "MAX_PIXELS",
     "Encoded",
     "Example",
     "Framing",
     "Group",
+    "Look",
     "Picture",
     "Source",
     "class_sources",
@@ -24,6 +27,7 @@ __all__ = [
     "encode_texts",
     "folder_sources",
     "frame",
+    "in_looks",
     "load_examples",
     "nearest_size",
     "open_picture",

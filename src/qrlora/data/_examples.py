@@ -18,11 +18,13 @@ _DRAWS = 100
 
 @dataclass(frozen=True)
 class Source:
-    """A picture that is not read yet: what sentences call it, its caption, and how to read it."""
+    """A picture that is not read yet: what sentences call it, its caption, how to read it, and what is done to its
+    pixels (uint8 `[H, W, 3]`) once it is cut."""
 
     name: str
     caption: str
     read: Callable[[], Picture]
+    look: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,9 @@ def _drawn(picture: Picture, target: tuple[int, int], seed: str) -> Window:
 def _cut(source: Source, picture: Picture, part: Window) -> Example:
     width, height = picture.rgb.size
     across, down = part.target[1] / part.width, part.target[0] / part.height
-    pixels = torch.from_numpy(np.array(part.cut(picture.rgb))).permute(2, 0, 1).float() / 127.5 - 1.0
+    cut = np.array(part.cut(picture.rgb))
+    seen = cut if source.look is None else source.look(cut)
+    pixels = torch.from_numpy(seen).permute(2, 0, 1).float() / 127.5 - 1.0
     return Example(
         name=source.name,
         pixels=pixels.contiguous(),

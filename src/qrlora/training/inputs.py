@@ -5,7 +5,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from qrlora.data import AUTO, parse_buckets
+from qrlora.data import AUTO, in_looks, parse_buckets
 from qrlora.errors import QrloraError
 
 
@@ -52,10 +52,19 @@ class Inputs(BaseModel):
     """With center_crop: false, how many crops of each picture are drawn, once, and cached."""
     random_flip: bool = False
     """Mirror each picture half of the time."""
+    looks: tuple[str, ...] = ()
+    """Also train on each picture in these looks, each named in its caption, so that the adapter leaves the look to the
+    prompt: line-drawing, sepia, inverted, duotone. For the content of a blend."""
     repeats: int = Field(default=1, gt=0)
     """How often each instance picture comes in one pass over all of them, before they are shuffled anew."""
     mask_loss: bool = True
     """Weight the loss by NAME.mask.png or the picture's alpha channel, where there is one."""
+
+    @field_validator("looks")
+    @classmethod
+    def _looks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        in_looks((), value)
+        return value
 
     @field_validator("aspect_ratio_buckets")
     @classmethod

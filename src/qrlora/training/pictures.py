@@ -12,6 +12,7 @@ from qrlora.data import (
     encode_examples,
     folder_sources,
     frame,
+    in_looks,
     training_sizes,
 )
 from qrlora.models import LoadedModel
@@ -22,17 +23,19 @@ _TRIGGER = re.compile(r"<[^<>\s]+>")
 
 
 def find_sources(config: TrainConfig) -> list[Source]:
-    """The instance pictures and their captions, no picture read yet."""
+    """The instance pictures and their captions, in all looks, no picture read yet."""
     if config.dataset_name is None:
         assert config.instance_data_dir is not None
-        return folder_sources(config.instance_data_dir, config.instance_prompt)
-    return dataset_sources(
-        config.dataset_name,
-        config.instance_prompt,
-        config_name=config.dataset_config_name,
-        image_column=config.image_column,
-        caption_column=config.caption_column,
-    )
+        sources = folder_sources(config.instance_data_dir, config.instance_prompt)
+    else:
+        sources = dataset_sources(
+            config.dataset_name,
+            config.instance_prompt,
+            config_name=config.dataset_config_name,
+            image_column=config.image_column,
+            caption_column=config.caption_column,
+        )
+    return in_looks(sources, config.looks)
 
 
 def sizes_of(config: TrainConfig, model: LoadedModel) -> tuple[tuple[int, int], ...]:
