@@ -71,6 +71,10 @@ class BlendConfig(BaseModel):
     """Lowest and highest timestep at which the style acts, such as 0 700 (late)."""
     method: str = "auto"
     """How the adapters are merged: auto, sum, concat..."""
+    content_looks: tuple[str, ...] | None = None
+    """Also train the content on its picture in these looks, each named in the caption, so that it brings less of the
+    picture's own look along: line-drawing, sepia, inverted, duotone. None is the model's own choice (the embedded base:
+    all of them)."""
     sweep_steps: int | None = Field(default=None, gt=0)
     """Also keep the adapters of every so many steps, and lay them against weights on sweep.png."""
     sweep_weights: Weights = (0.5, 0.75, 1.0)
@@ -109,6 +113,8 @@ class BlendConfig(BaseModel):
                 )
             if getattr(self, f"{role}_adapter") and getattr(self, f"{role}_config"):
                 raise QrloraError(f"--{role}-config says how to train, but --{role}-adapter is trained already.")
+        if self.content_looks is not None and self.content_adapter:
+            raise QrloraError("--content-looks says how to train, but --content-adapter is trained already; drop one.")
         if self.sweep_steps is not None and self.content_adapter and self.style_adapter:
             raise QrloraError("--sweep-steps needs something to train, but both adapters are given; drop it.")
         for name in ("content_timesteps", "style_timesteps"):

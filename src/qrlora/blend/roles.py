@@ -143,6 +143,8 @@ def _train_config(config: BlendConfig, part: Part) -> TrainConfig:
         "resume": "latest" if config.resume else None,
         "model": config.model,
     }
+    if part.role == "content" and config.content_looks is not None:
+        values["looks"] = config.content_looks
     if "seed" in config.model_fields_set or getattr(config, f"{part.role}_config") is None:
         values["seed"] = config.seed
     more: Path | None = getattr(config, f"{part.role}_config")
