@@ -4,6 +4,7 @@ from qrlora.adapter._add import add_adapter, check_encoder_spec
 from qrlora.adapter._attach import attach_adapter, check_fits, ranks_of, resolve_coefficients, trained_size
 from qrlora.adapter._blank import add_blank_adapter
 from qrlora.adapter._cache import BasisCache, default_cache_folder
+from qrlora.adapter._choice import Choice, adapters_by_choice
 from qrlora.adapter._control import adapters_disabled, remove_adapter, set_adapters, trainable_parameters
 from qrlora.adapter._estimate import basis_notice, estimate_seconds
 from qrlora.adapter._export import adapter_of, base_hash, kept_tensors, restore_kept, save_adapter
@@ -33,11 +34,13 @@ __all__ = [
     "AdapterSpec",
     "BasisCache",
     "Blocks",
+    "Choice",
     "GateUsage",
     "TimestepRange",
     "adaptable_layers",
     "adapter_of",
     "adapter_of_pipeline",
+    "adapters_by_choice",
     "adapters_by_timestep",
     "adapters_disabled",
     "adapters_set_aside",

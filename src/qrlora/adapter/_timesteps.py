@@ -1,15 +1,13 @@
 """Adapters that act within a range of timesteps only: content early, style late."""
 
-import inspect
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qrlora.adapter._control import adapted_layers, enable_layers, set_adapters
+from qrlora.adapter._choice import adapters_by_choice
 from qrlora.errors import QrloraError
 
 TimestepRange = tuple[float, float]
@@ -63,57 +61,16 @@ def adapters_by_timestep(
         if name not in weights:
             raise QrloraError(f"there is a range of timesteps for {name!r}, but no weight; give both.")
         check_timesteps(bounds, name)
-    disabled = {layer: layer.disable_adapters for layer in adapted_layers(denoiser)}
-    set_adapters(denoiser, weights)
-    acting = {name: weight for name, weight in weights.items() if weight != 0}
-    switch = _Switch(acting, {name: ranges[name] for name in acting if name in ranges}, given)
-    handle = denoiser.register_forward_pre_hook(switch, with_kwargs=True)
-    try:
+
+    def choose(timestep: Tensor) -> Callable[[str], Collection[str]]:
+        names = [name for name in weights if name not in ranges or _within(timestep, ranges[name], given)]
+        return lambda layer: names
+
+    with adapters_by_choice(denoiser, weights, choose):
         yield
-    finally:
-        handle.remove()
-        set_adapters(denoiser, weights)
-        for layer, was in disabled.items():
-            enable_layers([layer], enabled=not was)
 
 
-class _Switch:
-    """A hook before the denoiser that sets the adapters for the call about to be made, where they change."""
-
-    def __init__(
-        self,
-        weights: Mapping[str, float],
-        ranges: Mapping[str, TimestepRange],
-        given: Callable[[Tensor], Tensor],
-    ) -> None:
-        self._weights, self._ranges, self._given = weights, ranges, given
-        self._now: list[str] | None = None
-
-    def __call__(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = self._acting(_timestep_of(denoiser, args, kwargs))
-        if names == self._now:
-            return
-        self._now = names
-        enable_layers(adapted_layers(denoiser), enabled=bool(names))
-        if names:
-            set_adapters(denoiser, {name: self._weights[name] for name in names})
-
-    def _acting(self, timestep: Tensor) -> list[str]:
-        values = timestep.detach().cpu().flatten()
-        if bool((values != values[0]).any()):
-            raise QrloraError("adapters with a range of timesteps need calls of the denoiser with one timestep each.")
-        return [name for name in self._weights if name not in self._ranges or self._within(name, values[0])]
-
-    def _within(self, name: str, value: Tensor) -> bool:
-        dtype = value.dtype if value.is_floating_point() else torch.float64
-        bounds = self._given(torch.tensor(self._ranges[name], dtype=dtype))
-        return bool((bounds[0] <= value) & (value <= bounds[1]))
-
-
-def _timestep_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    found = kwargs.get("timestep")
-    if found is None:
-        found = inspect.signature(denoiser.forward).bind_partial(*args, **kwargs).arguments.get("timestep")
-    if found is None:
-        raise QrloraError(f"{type(denoiser).__name__} was called without a timestep, which adapters with a range need.")
-    return torch.as_tensor(found)
+def _within(timestep: Tensor, bounds: TimestepRange, given: Callable[[Tensor], Tensor]) -> bool:
+    dtype = timestep.dtype if timestep.is_floating_point() else torch.float64
+    low, high = given(torch.tensor(bounds, dtype=dtype))
+    return bool((low <= timestep) & (timestep <= high))

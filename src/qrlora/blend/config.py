@@ -70,7 +70,8 @@ class BlendConfig(BaseModel):
     style_timesteps: tuple[float, float] | None = None
     """Lowest and highest timestep at which the style acts, such as 0 700 (late)."""
     method: str = "auto"
-    """How the adapters are merged: auto, sum, concat..."""
+    """How the adapters are merged: auto, sum, concat... With k-lora, which chooses one of them for each layer and step
+    while it draws, there is no merged file."""
     content_looks: tuple[str, ...] | None = None
     """Also train the content on its picture in these looks, each named in the caption, so that it brings less of the
     picture's own look along: line-drawing, sepia, inverted, duotone. None is the model's own choice (the embedded base:

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
 from qrlora import starter
-from qrlora.blend.checks import check_output, check_plan
+from qrlora.blend.checks import check_output, check_plan, run_time_of
 from qrlora.blend.config import BlendConfig
 from qrlora.blend.painter import Painter, choose_place, settings_of
 from qrlora.blend.provenance import has_chunk, save_picture
@@ -32,7 +33,7 @@ from qrlora.blend.sheet import Cell, Grid, draw_sheet, span
 from qrlora.blend.sweep import draw_sweep
 from qrlora.errors import QrloraWarning
 from qrlora.formats import Adapter, read_adapter
-from qrlora.merging import WHOLE, NormWarning, merge, restricted
+from qrlora.merging import WHOLE, NormWarning, merge, merge_options, restricted
 from qrlora.models import LoadedModel
 from qrlora.training import TrainResult, load_for
 from qrlora.training.config import Memory
@@ -44,7 +45,8 @@ class BlendResult:
     """The files of a blend.
 
     Attributes:
-        content, style, merged: adapter files.
+        content, style: adapter files.
+        merged: likewise; None with a method that no file can hold.
         sheet: the labelled picture.
         sweep: the sheet of intermediate checkpoints, where asked for.
         report: the JSON report.
@@ -53,7 +55,7 @@ class BlendResult:
 
     content: Path
     style: Path
-    merged: Path
+    merged: Path | None
     sheet: Path
     sweep: Path | None
     report: Path
@@ -79,8 +81,9 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
     """Make two adapters, merge them, and show what they do over a grid of weights.
 
     Writes into `config.output`: `content.safetensors`, `style.safetensors`, `merged.safetensors` (at `content_weight`
-    and `style_weight`), `blend.png`, the single pictures under `pictures/` (each repeatable with `qrlora generate
-    --from`), `report.json`, the training runs under `train/`, and `sweep.png` where `sweep_steps` is given.
+    and `style_weight`; not with a run-time method such as k-lora, which no file can hold), `blend.png`, the single
+    pictures under `pictures/` (each repeatable with `qrlora generate --from`), `report.json`, the training runs under
+    `train/`, and `sweep.png` where `sweep_steps` is given.
 
     Args:
         config: what to blend.
@@ -109,11 +112,15 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
             trained[role] = train_part(parts[role], model, progress=progress)
     with clock.phase("merge"):
         adapters: dict[Role, Adapter] = {role: _single(config, parts[role]) for role in ROLES}
-        merged, note = _merge(config, adapters)
+        merged, note = _merge(config, adapters, model)
         files: dict[Role, Path] = {role: output / f"{role}.safetensors" for role in ROLES}
         for role in ROLES:
             _write_role(config, parts[role], adapters[role], files[role])
-        merged_file = merged.save(output / "merged.safetensors")
+        merged_file = None
+        if merged is None:
+            (output / "merged.safetensors").unlink(missing_ok=True)  # of an earlier blend, by another method
+        else:
+            merged_file = merged.save(output / "merged.safetensors")
         if config.timesteps():
             _warn_of_all_timesteps(config)
     attached: list[str] = []
@@ -134,21 +141,22 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
         with clock.phase("sweep"), enough_to("draw", memory):
             sweep = draw_sweep(config, painter, parts, files, prompt)
     clock.finish()
-    made_by = f"{note}; acts at all timesteps" if config.timesteps() else note
+    reported = {
+        role: adapter_report(adapters[role], files[role], trained[role], parts[role].source, parts[role].prompt)
+        for role in ROLES
+    }
+    whole = {}
+    if merged is not None and merged_file is not None:
+        made_by = f"{note}; acts at all timesteps" if config.timesteps() else note
+        weights = {"content": config.content_weight, "style": config.style_weight}
+        whole = {"merged": adapter_report(merged, merged_file, None, made_by, prompt) | {"weights": weights}}
     report = write_report(
         output / "report.json",
         seconds=clock.seconds,
         config=config,
         prompt=prompt,
         painter=painter,
-        parts={
-            **{
-                role: adapter_report(adapters[role], files[role], trained[role], parts[role].source, parts[role].prompt)
-                for role in ROLES
-            },
-            "merged": adapter_report(merged, merged_file, None, made_by, prompt)
-            | {"weights": {"content": config.content_weight, "style": config.style_weight}},
-        },
+        parts={**reported, **whole},
     )
     return BlendResult(files["content"], files["style"], merged_file, sheet, sweep, report, clock.seconds)
 
@@ -188,13 +196,22 @@ def _load(config: BlendConfig, parts: dict[Role, Part], memory: Memory | None) -
 def _single(config: BlendConfig, part: Part) -> Adapter:
     """The one adapter of a role, on its blocks alone; several given ones are merged at weight 1 each."""
     adapters = [read_adapter(path) for path in part.files]
-    adapter = adapters[0] if len(adapters) == 1 else merge(adapters, method=config.method)
+    # What is learned or chosen between a content and a style means nothing between the files of one.
+    unfit = run_time_of(config) is not None or "model" in merge_options(config.method)
+    method = "auto" if unfit else config.method
+    adapter = adapters[0] if len(adapters) == 1 else merge(adapters, method=method)
     blocks = config.blocks(part.role)
     return adapter if blocks is None else restricted(adapter, blocks)
 
 
-def _merge(config: BlendConfig, adapters: dict[Role, Adapter]) -> tuple[Adapter, str]:
-    """The merge at the chosen weights, and in words how it was made. That it grew is said there, not warned of."""
+def _merge(config: BlendConfig, adapters: dict[Role, Adapter], model: LoadedModel) -> tuple[Adapter | None, str]:
+    """The merge at the chosen weights, and in words how it was made. That it grew is said there, not warned of.
+
+    None with a run-time method.
+    """
+    if run_time_of(config) is not None:
+        return None, config.method
+    options: dict[str, Any] = {"model": model} if "model" in merge_options(config.method) else {}
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         merged = merge(
@@ -202,6 +219,7 @@ def _merge(config: BlendConfig, adapters: dict[Role, Adapter]) -> tuple[Adapter,
             [config.content_weight, config.style_weight],
             method=config.method,
             blocks=None if adapters["content"].layers.keys() == adapters["style"].layers.keys() else [WHOLE, WHOLE],
+            **options,
         )
     method = merged.header.method if merged.header is not None else config.method
     for entry in said:
@@ -223,11 +241,12 @@ def _write_role(config: BlendConfig, part: Part, adapter: Adapter, file: Path) -
 def _draw(config: BlendConfig, painter: Painter, parts: dict[Role, Part], prompt: str, subtitle: str) -> Path:
     """Every picture, saved one by one, then the sheet. The merged file's is without ranges of timesteps, as it is."""
     folder, made, ranges = config.output / "pictures", list[str](), config.timesteps()
+    method = run_time_of(config)
     told = {role: f"at {span(bounds)}" for role, bounds in ranges.items()}
 
     def paint(name: str, text: str, content: float, style: float, *, ranged: bool = True) -> Image.Image:
         weights = {"content": content, "style": style}
-        picture = painter.paint(text, config.seed, weights, ranges if ranged else None)
+        picture = painter.paint(text, config.seed, weights, ranges if ranged else None, method=method)
         painter.save(picture, folder / f"{name}.png")
         made.append(f"pictures/{name}.png")
         return picture.image
@@ -254,7 +273,7 @@ def _draw(config: BlendConfig, painter: Painter, parts: dict[Role, Part], prompt
             Cell(paint("base", prompt, 0.0, 0.0), "base", f'"{prompt}"'),
             Cell(
                 paint("merged", prompt, config.content_weight, config.style_weight, ranged=False),
-                "merged at all timesteps" if ranges else "merged",
+                "merged at all timesteps" if ranges else "merged" if method is None else method.name,
                 f"content {config.content_weight:g}, style {config.style_weight:g}",
             ),
         ],
@@ -266,7 +285,8 @@ def _draw(config: BlendConfig, painter: Painter, parts: dict[Role, Part], prompt
     ]
     path = config.output / "blend.png"
     within = {config.output / f"{role}.safetensors": bounds for role, bounds in ranges.items()}
-    return save_picture(sheet, path, painter.sheet_provenance(path, prompt, config.seed, uses, made, within))
+    chunk = painter.sheet_provenance(path, prompt, config.seed, uses, made, within, method)
+    return save_picture(sheet, path, chunk)
 
 
 def _subtitle(config: BlendConfig, model: LoadedModel, adapters: dict[Role, Adapter], note: str) -> str:

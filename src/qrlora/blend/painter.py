@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from qrlora import __version__, starter
 from qrlora.adapter import (
     ALL_TIMESTEPS,
     TimestepRange,
+    adapter_of,
     adapters_by_timestep,
     attach_to_pipeline,
     base_hash,
@@ -33,6 +34,7 @@ from qrlora.adapter import (
 from qrlora.blend.provenance import (
     AdapterUse,
     Provenance,
+    RunTime,
     SheetProvenance,
     file_hash,
     model_reference,
@@ -41,6 +43,7 @@ from qrlora.blend.provenance import (
 )
 from qrlora.errors import QrloraError
 from qrlora.formats import Adapter, is_coefficients, read_adapter, read_coefficients, read_metadata
+from qrlora.merging import RunTimeRule, adapters_by_rule, run_time_rule
 from qrlora.models import Family, GenerationDefaults, LoadedModel
 from qrlora.training import load_for
 from qrlora.training.config import Memory
@@ -131,12 +134,13 @@ class UsedAdapter:
 
 @dataclass(frozen=True)
 class Picture:
-    """One generated picture, the adapters in it, and its prompt and seed."""
+    """One generated picture, the adapters in it, its prompt and seed, and the run-time method by which they acted."""
 
     image: Image.Image
     prompt: str
     seed: int
     adapters: tuple[UsedAdapter, ...]
+    method: RunTime | None = None
 
 
 @dataclass
@@ -158,6 +162,7 @@ class Painter:
     _encoded: dict[Any, dict[str, Tensor]] = field(default_factory=dict[Any, dict[str, Tensor]], init=False)
     _against: dict[Any, dict[str, Tensor]] = field(default_factory=dict[Any, dict[str, Tensor]], init=False)
     _made: dict[Any, Picture] = field(default_factory=dict[Any, Picture], init=False)
+    _rules: dict[Any, RunTimeRule] = field(default_factory=dict[Any, RunTimeRule], init=False)
 
     def __post_init__(self) -> None:
         denoiser = self.loaded.denoiser
@@ -194,6 +199,7 @@ class Painter:
         weights: Mapping[str, float],
         timesteps: Mapping[str, TimestepRange] | None = None,
         *,
+        method: RunTime | None = None,
         anew: bool = False,
     ) -> Picture:
         """The picture of `prompt` with attached adapters at `weights`; weight 0 is the same as not there.
@@ -207,11 +213,13 @@ class Painter:
             timesteps: the lowest and highest timestep at which an adapter acts, 0 clean and 1000 pure noise; an
                 adapter that is not named acts at all of them. Its part in text encoders always acts: the prompt is read
                 once, for all timesteps.
+            method: by which adapters act together, in the order of `weights`; they add up where None. With less than
+                two left at a weight other than 0 there is nothing to choose from.
             anew: draw it even where it was made before.
 
         Raises:
             QrloraError: a weight that is not finite, a range that is none, or one of an adapter of text encoders
-                alone.
+                alone; a method that is not known, that cannot use these adapters, or besides ranges.
         """
         used = {name: weight for name, weight in weights.items() if weight != 0}
         ranges = {
@@ -223,33 +231,58 @@ class Painter:
             raise QrloraError(
                 f"{self._files[name][0]} adapts text encoders alone, which act at all timesteps; leave its range out."
             )
+        rule = None if method is None else self._rule(method, tuple(weights), timesteps)
+        if len(used) < 2:
+            method = rule = None
         adapters = tuple(UsedAdapter(*self._files[name], used[name], ranges.get(name)) for name in used)
-        key = (prompt, seed, adapters, self.settings.model_dump_json())
+        told = "" if method is None else method.model_dump_json()
+        key = (prompt, seed, adapters, told, self.settings.model_dump_json())
         if anew or key not in self._made:
-            self._made[key] = Picture(self._generate(prompt, seed, used, ranges), prompt, seed, adapters)
+            self._made[key] = Picture(self._generate(prompt, seed, used, ranges, rule), prompt, seed, adapters, method)
         return self._made[key]
 
+    def _rule(
+        self, method: RunTime, names: tuple[str, ...], timesteps: Mapping[str, TimestepRange] | None
+    ) -> RunTimeRule:
+        """What a method makes of attached adapters, found once."""
+        if timesteps:
+            raise QrloraError(f"--method {method.name} chooses by timestep itself; leave ranges of timesteps out.")
+        key = (method.model_dump_json(), tuple(self._files[name][1] for name in names))
+        if key not in self._rules:
+            parts = [
+                replace(adapter_of(self.loaded.denoiser, name), source=str(self._files[name][0])) for name in names
+            ]
+            self._rules[key] = run_time_rule(method.name, parts, **method.options)
+        return self._rules[key]
+
     def _acting(
-        self, weights: Mapping[str, float], ranges: Mapping[str, TimestepRange]
+        self, weights: Mapping[str, float], ranges: Mapping[str, TimestepRange], rule: RunTimeRule | None
     ) -> AbstractContextManager[None]:
         """The adapters of one picture on the model."""
         model = self.loaded
         if not weights:
             return pipeline_adapters_disabled(model.pipeline)
         set_pipeline_adapters(model.pipeline, weights)
+        given = partial(model.family.given_timesteps, model.pipeline)
+        if rule is not None:
+            return adapters_by_rule(model.denoiser, weights, rule, given)
         if ranges:
-            given = partial(model.family.given_timesteps, model.pipeline)
             here = {name: weights[name] for name in denoisers_with(model.pipeline, weights)}
             return adapters_by_timestep(model.denoiser, here, ranges, given)
         return nullcontext()
 
     def _generate(
-        self, prompt: str, seed: int, weights: Mapping[str, float], ranges: Mapping[str, TimestepRange]
+        self,
+        prompt: str,
+        seed: int,
+        weights: Mapping[str, float],
+        ranges: Mapping[str, TimestepRange],
+        rule: RunTimeRule | None,
     ) -> Image.Image:
         model, settings = self.loaded, self.settings
         # What a prompt is read as depends on these alone.
         words = tuple((self._files[name][1], weights[name]) for name in text_encoders_with(model.pipeline, weights))
-        with self._acting(weights, ranges):
+        with self._acting(weights, ranges, rule):
             return model.family.generate(
                 model.pipeline,
                 [prompt],
@@ -298,6 +331,7 @@ class Painter:
             device=str(denoiser.device.type),
             dtype=str(denoiser.dtype).removeprefix("torch."),
             quantization=self.loaded.quantization,
+            method=picture.method,
             versions=library_versions(),
         )
 
@@ -309,6 +343,7 @@ class Painter:
         adapters: Sequence[tuple[Path, float]],
         pictures: Sequence[str],
         timesteps: Mapping[Path, TimestepRange] | None = None,
+        method: RunTime | None = None,
     ) -> SheetProvenance:
         """What stands in a sheet at `path`: the job, its adapter files, and where its single pictures are."""
         ranges = timesteps or {}
@@ -327,5 +362,6 @@ class Painter:
                 for file, weight in adapters
             ),
             settings=self.settings.model_dump(),
+            method=method,
             pictures=tuple(pictures),
         )

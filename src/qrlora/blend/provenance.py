@@ -37,6 +37,25 @@ class AdapterUse(BaseModel):
     timesteps: tuple[float, float] | None = None
 
 
+class RunTime(BaseModel):
+    """A method by which adapters act together while a picture is drawn, such as k-lora; see `qrlora.merging`.
+
+    Args:
+        name: of the method.
+        options: those given.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    options: dict[str, str | int | float | bool] = {}
+
+
+def _without(fields: dict[str, Any], *blank: str) -> dict[str, Any]:
+    """Without those of some fields that are None."""
+    return {name: value for name, value in fields.items() if name not in blank or value is not None}
+
+
 class Provenance(BaseModel):
     """Everything that `qrlora generate --from PICTURE` needs to make the picture again.
 
@@ -48,6 +67,7 @@ class Provenance(BaseModel):
         settings: generation settings by the pipeline's own argument names.
         device, dtype: where it was computed; other ones give the same picture up to rounding only.
         quantization: of the denoiser's weights; left out of the file where there is none.
+        method: by which the adapters acted together, in their order; where there is none, left out, and they add up.
         versions: of the libraries that draw it.
     """
 
@@ -63,12 +83,12 @@ class Provenance(BaseModel):
     device: str
     dtype: str
     quantization: str | None = None
+    method: RunTime | None = None
     versions: dict[str, str] = {}
 
     @model_serializer(mode="wrap")
     def _without_blank(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = serialize(self)
-        return {name: value for name, value in fields.items() if name != "quantization" or value is not None}
+        return _without(serialize(self), "quantization", "method")
 
 
 class SheetProvenance(BaseModel):
@@ -83,7 +103,12 @@ class SheetProvenance(BaseModel):
     model_hash: str
     adapters: tuple[AdapterUse, ...] = ()
     settings: dict[str, Any]
+    method: RunTime | None = None
     pictures: tuple[str, ...]
+
+    @model_serializer(mode="wrap")
+    def _without_blank(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without(serialize(self), "method")
 
 
 class SampleProvenance(BaseModel):

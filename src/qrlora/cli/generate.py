@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from qrlora.cli._options import flag, parse_options, refuse_existing, say
+from qrlora.cli._options import flag, method_options, parse_options, refuse_existing, say
 from qrlora.errors import QrloraError
 
 
@@ -22,6 +22,11 @@ class GenerateOptions(BaseModel):
     adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """FILE, FILE=WEIGHT or FILE=WEIGHT@LOW-HIGH, where it acts at timesteps from LOW to HIGH alone (0 is clean, 1000
     pure noise); may be given several times."""
+    method: str | None = None
+    """k-lora: of two adapters, content then style, one for each layer and step. None adds adapters up; other methods
+    make a file first (qrlora merge)."""
+    option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """NAME=VALUE of the method, such as scale=s; may be given several times."""
     output: Path = Path("picture.png")
     """The PNG file; several pictures are numbered."""
     overwrite: bool = False
@@ -57,6 +62,8 @@ _RANGE = re.compile(r"(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)")
 _FIXED_BY_PICTURE = (
     "prompt",
     "adapter",
+    "method",
+    "option",
     "seed",
     "height",
     "width",
@@ -83,9 +90,16 @@ def run(arguments: Sequence[str]) -> None:
 
 def _generate(options: GenerateOptions, prompt: str, outputs: Sequence[Path]) -> None:
     adapters = [split_adapter(text) for text in options.adapter]
-    from qrlora.blend import load_painter, settings_of
+    if options.option and options.method is None:
+        raise QrloraError(f"--option {options.option[0]} is of a method; give --method too, or drop it.")
+    from qrlora.blend import RunTime, load_painter, settings_of
+    from qrlora.merging import check_run_time
     from qrlora.training.memory import enough_to
 
+    method = None
+    if options.method is not None:
+        check_run_time(options.method)
+        method = RunTime(name=options.method, options=method_options(options.option))
     painter = load_painter(options.model, options.device, options.memory)
     painter.settings = settings_of(options, painter.settings, painter.loaded.family)
     weights = {f"adapter_{index}": adapter.weight for index, adapter in enumerate(adapters)}
@@ -95,7 +109,7 @@ def _generate(options: GenerateOptions, prompt: str, outputs: Sequence[Path]) ->
         painter.attach(name, adapter.file)
     for index, path in enumerate(outputs):
         with enough_to("draw", options.memory):
-            picture = painter.paint(prompt, (options.seed or 0) + index, weights, timesteps)
+            picture = painter.paint(prompt, (options.seed or 0) + index, weights, timesteps, method=method)
         print(painter.save(picture, path))
 
 
@@ -143,7 +157,7 @@ def _repeat(options: GenerateOptions, source: Path) -> None:
         weights[f"adapter_{index}"] = use.weight
         if use.timesteps is not None:
             timesteps[f"adapter_{index}"] = use.timesteps
-    picture = painter.paint(made.prompt, made.seed, weights, timesteps)
+    picture = painter.paint(made.prompt, made.seed, weights, timesteps, method=made.method)
     with Image.open(source) as image:
         extrema: Any = ImageChops.difference(image.convert("RGB"), picture.image.convert("RGB")).getextrema()
     difference = max(high for _, high in extrema)

@@ -1,14 +1,14 @@
 """`qrlora merge`: adapters into one adapter."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-import yaml
 from pydantic import BaseModel, ConfigDict
 
-from qrlora.cli._options import parse_options, refuse_existing, say
+from qrlora.cli._options import method_options, parse_options, refuse_existing, say
 from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ class MergeOptions(BaseModel):
     weights: tuple[float, ...] = ()
     """One an adapter; all 1 where not given."""
     method: str = "auto"
-    """auto (sum on one stored basis, else concat), sum, concat, svd, ties, dare, knots, orthogonal..."""
+    """auto (sum on one stored basis, else concat), sum, concat, svd, ties, dare, knots, orthogonal, lego, do, zip
+    (which learns on the base model)..."""
     option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """NAME=VALUE of the method, such as density=0.3; may be given several times."""
     blocks: tuple[str, ...] = ()
@@ -40,8 +41,12 @@ class MergeOptions(BaseModel):
     is."""
     save_dtype: Literal["fp32", "bf16"] = "fp32"
     model: str | None = None
-    """Hub id or local diffusers folder: the base model of files that hold coefficients only; needed for those alone.
-    None means what they name, where that is the embedded base or a folder that is here."""
+    """Hub id or local diffusers folder: the base model, for method zip and for files that hold coefficients only; not
+    needed otherwise. None means what the files name, where that is the embedded base or a folder that is here."""
+    device: str | None = None
+    """Where the base model computes, for method zip: cpu, cuda, mps...; none means the best that is there."""
+    memory: Literal["6gb", "8gb", "12gb", "16gb", "24gb", "max"] | None = None
+    """For a card of that size, for method zip; see `qrlora train`."""
     overwrite: bool = False
     """Replace the output file."""
 
@@ -59,14 +64,17 @@ def run(arguments: Sequence[str]) -> None:
     from qrlora.formats import write_peft_folder
     from qrlora.merging import merge, norm_ratio
 
-    merged = merge(
-        _read(options),
-        options.weights or None,
-        options.method,
-        blocks=options.blocks or None,
-        normalize=options.normalize,
-        **method_options(options.option),
-    )
+    adapters, given = _read(options), method_options(options.option)
+    with _learning(options, adapters, given) as extra:
+        merged = merge(
+            adapters,
+            options.weights or None,
+            options.method,
+            blocks=options.blocks or None,
+            normalize=options.normalize,
+            **given,
+            **extra,
+        )
     if as_file:
         merged.save(options.output, save_dtype=options.save_dtype)
     else:
@@ -84,25 +92,43 @@ def run(arguments: Sequence[str]) -> None:
     print(options.output)
 
 
-def method_options(given: Sequence[str]) -> dict[str, Any]:
-    """`NAME=VALUE` texts as keyword arguments; the values are numbers, true, false, or words.
+@contextmanager
+def _learning(
+    options: MergeOptions, adapters: "Sequence[Adapter]", given: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """What a method needs that learns on the base model; nothing for others."""
+    from qrlora.merging import merge_options
 
-    Raises:
-        QrloraError: a text without =, or a value that is a list or a mapping.
-    """
-    found: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier():
-            raise QrloraError(f"--option {text}: write NAME=VALUE, such as density=0.3.")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise QrloraError(f"--option {text}: {value!r} is no number and no word.") from error
-        if not isinstance(parsed, str | int | float | bool):
-            raise QrloraError(f"--option {text}: {value!r} is no number and no word.")
-        found[name] = parsed
-    return found
+    if "model" not in merge_options(options.method):
+        for name in ("device", "memory"):
+            if getattr(options, name) is not None:
+                raise QrloraError(f"--{name} is for methods that learn on the base model, such as zip; drop it.")
+        yield {}
+        return
+    from qrlora.blend import choose_place
+    from qrlora.training import load_for
+    from qrlora.training.progress import ProgressReport
+
+    extra: dict[str, Any] = {}
+    if "model" not in given:
+        header = adapters[0].header
+        named = header.base_model if header is not None else None
+        name = options.model or _base_named(f"method {options.method} learns on the base model", named)
+        device, dtype = choose_place(options.device)
+        extra["model"] = load_for(options.memory, name, dtype=dtype, device=device)
+    report: ProgressReport | None = None
+
+    def progress(done: int, total: int, loss: float) -> None:
+        nonlocal report
+        report = report or ProgressReport(options.method, total, done=done - 1).start()
+        if report.due(done):
+            report.show(done, f"loss {loss:.4f}")
+
+    try:
+        yield {**extra, "progress": progress}
+    finally:
+        if report is not None:
+            report.close()
 
 
 def _read(options: MergeOptions) -> "list[Adapter]":
@@ -118,7 +144,8 @@ def _read(options: MergeOptions) -> "list[Adapter]":
             found.append(read_adapter(path))
             continue
         file = read_coefficients(path)
-        key = options.model or _base_named(path, file.header.base_model), _precision(path, file.header.weight_hashes)
+        why = f"{path} holds coefficients only, which need their base model"
+        key = options.model or _base_named(why, file.header.base_model), _precision(path, file.header.weight_hashes)
         if key not in bases:
             bases[key] = load_pipeline(key[0], dtype=key[1])
         say(f"{path}: its bases are computed again on {bases[key].model_id}")
@@ -126,7 +153,7 @@ def _read(options: MergeOptions) -> "list[Adapter]":
     return found
 
 
-def _base_named(path: Path, name: str | None) -> str:
+def _base_named(why: str, name: str | None) -> str:
     """The embedded base or a folder that is here; a file may be anybody's, so it alone has nothing downloaded."""
     from qrlora import starter
     from qrlora.models import read_settings
@@ -136,7 +163,7 @@ def _base_named(path: Path, name: str | None) -> str:
     if name is not None and name == read_settings(starter.path()).name:
         return str(starter.path())
     named = f" ({name!r} by its header)" if name is not None else ""
-    raise QrloraError(f"{path} holds coefficients only, which need their base model{named}; give it with --model.")
+    raise QrloraError(f"{why}{named}; give it with --model.")
 
 
 def _precision(path: Path, weight_hashes: Mapping[str, str]) -> "torch.dtype":

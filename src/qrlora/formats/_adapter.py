@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -142,6 +142,13 @@ class Adapter:
     def label(self) -> str:
         """What messages call this adapter."""
         return self.source or "the adapter"
+
+    @property
+    def captions(self) -> list[str]:
+        """The captions it was trained with, each once, where its header has them."""
+        training = self.header.training if self.header is not None else None
+        found = (training or {}).get("captions")
+        return list(dict.fromkeys(map(str, cast(list[object], found)))) if isinstance(found, list) else []
 
     @property
     def form(self) -> str | None:

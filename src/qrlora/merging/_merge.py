@@ -11,7 +11,7 @@ from qrlora.formats import TEXT_ENCODERS, Adapter, Component, check_weight
 from qrlora.merging._checks import basis_difference, check_compatible, companions_of
 from qrlora.merging._norms import equal_norm_scales, update_norm, warn_of_unequal_norms
 from qrlora.merging._parts import merge_by_layers, restricted
-from qrlora.merging._registry import run
+from qrlora.merging._registry import for_text_encoders, run
 
 BASIS_TOLERANCE = 1e-5
 
@@ -82,8 +82,8 @@ def merge(
         return run(_choose(some) if method == "auto" else method, some, theirs, options)
 
     def merge_companions(some: Sequence[Adapter], theirs: Sequence[float]) -> Adapter:
-        # A sum of the denoiser's parts says nothing of the bases of others.
-        return run(_choose(some) if method in ("auto", "sum") else method, some, theirs, options)
+        chosen = for_text_encoders(method)
+        return run(_choose(some), some, theirs, {}) if chosen == "auto" else run(chosen, some, theirs, options)
 
     merged = merge_by_layers([part.alone() for part in parts], used, merge_group)
     companions: dict[Component, Adapter] = {}
