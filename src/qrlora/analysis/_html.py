@@ -1,16 +1,14 @@
 """The report as one page that needs nothing but itself: pictures as data URIs, no script, no outside address."""
 
-import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
 
-from qrlora.analysis._draw import Picture
 from qrlora.analysis._names import model_order
 from qrlora.analysis._pictures import PARTS, SIDES, SIMILARITIES
 from qrlora.analysis._report import AdapterFacts, LayerPair, Measure, Pair, Report, Total
 from qrlora.analysis._usage import ExpertUsage
 from qrlora.analysis._words import chance, is_chance, joined, number, strength_note
+from qrlora.pages import Picture, document, figure, table
 
 _GLOSSARY = {
     "Update, ΔW": "What an adapter adds to a layer's weight, the product of its two factors.",
@@ -59,9 +57,9 @@ def page(
     for pair, pictures in zip(report.pairs, pairs, strict=True):
         body += _pair(names, pair, pictures)
     if report.usage is not None:
-        body += ["<h2>Expert usage</h2>", *map(_figure, usage)]
+        body += ["<h2>Expert usage</h2>", *map(figure, usage)]
     for facts, pictures in zip(report.adapters, adapters, strict=True):
-        body += [f"<h2>{escape(facts.name)} by itself</h2>", *map(_figure, pictures)]
+        body += [f"<h2>{escape(facts.name)} by itself</h2>", *map(figure, pictures)]
     body += ["<h2>What the words mean</h2>", _glossary()]
     for pair in report.pairs:
         body += [f"<h2>Every layer: {escape(_title(names, pair))}</h2>", _layers_table(pair)]
@@ -69,25 +67,7 @@ def page(
         for one, entropies in zip(report.usage.usages, report.usage.entropies, strict=True):
             body += [f"<h2>Every layer: experts of {escape(one.name)}</h2>", _usage_table(one, entropies)]
     body.append(_footer(report))
-    return _document(title, body)
-
-
-def _document(title: str, body: Iterable[str]) -> str:
-    style = files("qrlora.analysis").joinpath("_style.css").read_text(encoding="utf-8")
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en">',
-            '<head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title>",
-            f"<style>\n{style}</style></head>",
-            "<body><main>",
-            *body,
-            "</main></body></html>",
-            "",
-        ]
-    )
+    return document(title, body)
 
 
 def _lead(report: Report) -> str:
@@ -109,7 +89,7 @@ def _adapters_table(adapters: Sequence[AdapterFacts]) -> str:
         ]
         for facts in adapters
     ]
-    return _table(["adapter", "kind", "rank", "layers", "norm"], rows)
+    return table(["adapter", "kind", "rank", "layers", "norm"], rows)
 
 
 def _kind(facts: AdapterFacts) -> str:
@@ -129,7 +109,7 @@ def _matrix(names: Sequence[str], pairs: Sequence[Pair]) -> list[str]:
             text = _value(pair.total["update.cosine"])
             cells[pair.first][pair.second] = cells[pair.second][pair.first] = text
     rows = [[escape(name), *row] for name, row in zip(names, cells, strict=True)]
-    return ["<h3>Cosines of the whole updates</h3>", _table(["", *map(escape, names)], rows)]
+    return ["<h3>Cosines of the whole updates</h3>", table(["", *map(escape, names)], rows)]
 
 
 def _pair(names: Sequence[str], pair: Pair, pictures: Sequence[Picture]) -> list[str]:
@@ -139,23 +119,15 @@ def _pair(names: Sequence[str], pair: Pair, pictures: Sequence[Picture]) -> list
         f"<h2>{escape(_title(names, pair))}</h2>",
         f'<p class="warning"><strong>Unequal strength.</strong> {escape(warning)}</p>' if warning else "",
         "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>",
-        *map(_figure, pictures[:1]),
+        *map(figure, pictures[:1]),
         "<h3>In numbers</h3>",
         _totals_table(pair.total),
-        *map(_figure, pictures[1:]),
+        *map(figure, pictures[1:]),
     ]
 
 
 def _title(names: Sequence[str], pair: Pair) -> str:
     return f"{names[pair.first]} and {names[pair.second]}"
-
-
-def _figure(picture: Picture) -> str:
-    source = base64.b64encode(picture.content).decode()
-    return (
-        f"<figure><figcaption><b>{escape(picture.title)}.</b> {escape(picture.caption)}</figcaption>"
-        f'<img alt="{escape(picture.title)}" src="data:image/png;base64,{source}"></figure>'
-    )
 
 
 def _labels() -> dict[str, str]:
@@ -178,7 +150,7 @@ def _totals_table(total: dict[str, Total]) -> str:
         for name, label in _labels().items()
         if (found := total.get(name)) is not None
     ]
-    return _table(["measure", "whole", "random", "layers from … to"], rows)
+    return table(["measure", "whole", "random", "layers from … to"], rows)
 
 
 def _layers_table(pair: Pair) -> str:
@@ -186,14 +158,14 @@ def _layers_table(pair: Pair) -> str:
     shown = [name for name in wanted if name in pair.total]
     heads = ["layer", *(_SHORT[name] for name in shown), "norms"]
     rows = [[escape(entry.layer), *(_cell(entry, name) for name in shown), _norms(entry)] for entry in pair.layers]
-    return _table(heads, rows, kind="table layers")
+    return table(heads, rows, kind="table layers")
 
 
 def _usage_table(usage: ExpertUsage, entropies: Sequence[float]) -> str:
     known = {layer: [*row, entropy] for layer, row, entropy in zip(usage.layers, usage.weights, entropies, strict=True)}
     heads = ["layer", *(f"expert {expert + 1}" for expert in range(len(usage.weights[0]))), "entropy"]
     rows = [[escape(layer), *(f"{value:.2f}" for value in known[layer])] for layer in model_order(usage.layers)]
-    return _table(heads, rows, kind="table layers")
+    return table(heads, rows, kind="table layers")
 
 
 _SHORT = {
@@ -225,13 +197,6 @@ def _short(value: float, name: str) -> str:
     if name.endswith((".smallest", ".largest")):
         return f"{value:.1f}°" if value >= 0.05 or value < 1e-9 else f"{number(value)}°"
     return number(value)
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "table") -> str:
-    """Of cells that are HTML already."""
-    head = "".join(f"<th>{text}</th>" for text in heads)
-    lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
-    return f'<div class="{kind}"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def _glossary() -> str:

@@ -3,13 +3,9 @@
 from collections.abc import Sequence
 
 from qrlora.analysis._draw import (
-    FAINT,
-    FIRST,
-    SECOND,
     Bar,
     Line,
     Panel,
-    Picture,
     bars_figure,
     heat_figure,
     lines_figure,
@@ -18,6 +14,7 @@ from qrlora.analysis._draw import (
 from qrlora.analysis._names import grid_of
 from qrlora.analysis._report import AdapterFacts, LayerPair, Measure, Pair
 from qrlora.analysis._words import number
+from qrlora.pages import FAINT, FIRST, SECOND, Picture
 
 PARTS = {
     "update": "update ΔW",

@@ -3,17 +3,15 @@
 from collections.abc import Mapping, Sequence
 
 from qrlora.analysis._draw import (
-    FIRST,
-    SECOND,
     Line,
     Panel,
-    Picture,
     grouped_bars_figure,
     heat_figure,
     lines_figure,
 )
 from qrlora.analysis._names import Grid, model_order, place_of
 from qrlora.analysis._usage import ExpertUsage, UsageComparison, UsageReport
+from qrlora.pages import FIRST, SECOND, Picture
 
 
 def usage_pictures(report: UsageReport) -> list[Picture]:

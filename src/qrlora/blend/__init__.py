@@ -11,8 +11,10 @@ from qrlora.blend.config import BlendConfig
 if TYPE_CHECKING:
     from qrlora.blend.job import BlendResult, blend
     from qrlora.blend.painter import Painter, Picture, choose_place, load_painter, settings_of
-    from qrlora.blend.provenance import AdapterUse, Provenance, read_provenance
+    from qrlora.blend.provenance import AdapterUse, Provenance, RunTime, read_provenance
+    from qrlora.blend.samples import Read, read_samples, reference_samples, truth_samples
     from qrlora.blend.sheet import Cell, Grid, draw_sheet
+    from qrlora.blend.trial import Trial, draw_trial, drift_prompts
     from qrlora.blend.usage import DrawnUsage, draw_usage, trained_captions
 
 _HOMES = {
@@ -24,14 +26,22 @@ _HOMES = {
     "Painter": "painter",
     "Picture": "painter",
     "Provenance": "provenance",
+    "Read": "samples",
+    "RunTime": "provenance",
+    "Trial": "trial",
     "blend": "job",
     "choose_place": "painter",
     "draw_sheet": "sheet",
+    "draw_trial": "trial",
     "draw_usage": "usage",
+    "drift_prompts": "trial",
     "load_painter": "painter",
     "read_provenance": "provenance",
+    "read_samples": "samples",
+    "reference_samples": "samples",
     "settings_of": "painter",
     "trained_captions": "usage",
+    "truth_samples": "samples",
 }
 
 __all__ = [
@@ -44,14 +54,22 @@ __all__ = [
     "Painter",
     "Picture",
     "Provenance",
+    "Read",
+    "RunTime",
+    "Trial",
     "blend",
     "choose_place",
     "draw_sheet",
+    "draw_trial",
     "draw_usage",
+    "drift_prompts",
     "load_painter",
     "read_provenance",
+    "read_samples",
+    "reference_samples",
     "settings_of",
     "trained_captions",
+    "truth_samples",
 ]
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from qrlora.adapter import check_fits_pipeline, layers_in, target_layers
 from qrlora.blend.config import BlendConfig
 from qrlora.blend.painter import named_as_options
+from qrlora.blend.provenance import RunTime
 from qrlora.blend.roles import ROLES, Part, Role
 from qrlora.errors import QrloraError, QrloraWarning
 from qrlora.formats import Adapter, read_adapter
-from qrlora.merging import check_compatible, merge_names
+from qrlora.merging import check_compatible, merge_names, run_time_names
 from qrlora.models import GenerationDefaults, LoadedModel
 from qrlora.training import TrainConfig
 
@@ -35,8 +36,18 @@ def check_output(config: BlendConfig) -> None:
                     f"--output {output} holds an earlier blend ({name}); name another folder, continue it with "
                     "--resume, or replace it with --overwrite."
                 )
-    if config.method not in merge_names():
-        raise QrloraError(f"--method {config.method} is not known; the known ones are {', '.join(merge_names())}.")
+    known = (*merge_names(), *run_time_names())
+    if config.method not in known:
+        raise QrloraError(f"--method {config.method} is not known; the known ones are {', '.join(known)}.")
+    if run_time_of(config) is not None and config.timesteps():
+        raise QrloraError(
+            f"--method {config.method} chooses by timestep itself; drop --content-timesteps and --style-timesteps."
+        )
+
+
+def run_time_of(config: BlendConfig) -> RunTime | None:
+    """The method, where it is one that acts while a picture is drawn."""
+    return RunTime(name=config.method) if config.method in run_time_names() else None
 
 
 def _check_apart(config: BlendConfig) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from qrlora.blend.checks import run_time_of
 from qrlora.blend.config import BlendConfig
 from qrlora.blend.painter import Painter
 from qrlora.blend.provenance import save_picture
@@ -59,7 +60,8 @@ def draw_sweep(
     # at weight 1, which each column multiplies
     ranges = config.timesteps()
     within = {adapters[role]: ranges[role] for adapters in stages.values() for role in ROLES if role in ranges}
-    chunk = painter.sheet_provenance(path, prompt, config.seed, [(file, 1.0) for file in used], made, within)
+    uses, method = [(file, 1.0) for file in used], run_time_of(config)
+    chunk = painter.sheet_provenance(path, prompt, config.seed, uses, made, within, method)
     return save_picture(sheet, path, chunk)
 
 
@@ -76,7 +78,7 @@ def _paint(
     alone = {role: parts[role].prompt or prompt for role in ROLES}
     text = prompt if name == "merge" else alone["content" if name == "content" else "style"]
     weights = {role: weight if name in (role, "merge") else 0.0 for role in ROLES}
-    picture = painter.paint(text, config.seed, weights, config.timesteps())
+    picture = painter.paint(text, config.seed, weights, config.timesteps(), method=run_time_of(config))
     made.append(f"pictures/sweep-{name}-{stage}-{weight:g}.png")
     painter.save(picture, config.output / made[-1])
     return picture.image

@@ -57,7 +57,4 @@ def draw_usage(painter: Painter, files: Mapping[str, Path], prompts: Sequence[st
 
 def trained_captions(*adapters: Adapter) -> list[str]:
     """What some adapters of ours were trained with, each caption once."""
-    headers = [adapter.header for adapter in adapters]
-    found = [(header.training or {}).get("captions") for header in headers if header is not None]
-    lists = [captions for captions in found if isinstance(captions, list)]
-    return list(dict.fromkeys(str(caption) for captions in lists for caption in captions))
+    return list(dict.fromkeys(caption for adapter in adapters for caption in adapter.captions))

@@ -22,6 +22,7 @@ VERBS = {
     "train": "train one adapter",
     "merge": "adapters into one adapter",
     "analyze": "how adapters relate, layer by layer, as a report to read",
+    "evaluate": "scores of pictures, or of what adapters draw, as a report to look at",
     "generate": "pictures with adapters at weights; or the same picture again",
     "export": "an adapter file of any tool, written for another one",
     "inspect": "what an adapter file or a picture says of itself",

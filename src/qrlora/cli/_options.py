@@ -11,6 +11,7 @@ from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 import tyro
+import yaml
 from pydantic import BaseModel, ValidationError
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -72,6 +73,27 @@ def parse_options(cls: type[Options], verb: str, arguments: Sequence[str]) -> Op
 def flag(name: str) -> str:
     """The option of a field: `max_train_steps` is `--max-train-steps`."""
     return "--" + name.strip("_").replace("_", "-")
+
+
+def method_options(given: Sequence[str]) -> dict[str, Any]:
+    """`NAME=VALUE` texts as keyword arguments; the values are numbers, true, false, or words.
+
+    Raises:
+        QrloraError: a text without =, or a value that is a list or a mapping.
+    """
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise QrloraError(f"--option {text}: write NAME=VALUE, such as density=0.3.")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise QrloraError(f"--option {text}: {value!r} is no number and no word.") from error
+        if not isinstance(parsed, str | int | float | bool):
+            raise QrloraError(f"--option {text}: {value!r} is no number and no word.")
+        found[name] = parsed
+    return found
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:

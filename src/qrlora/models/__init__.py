@@ -15,6 +15,7 @@ from qrlora.models._loaded import LoadedModel, Offload
 from qrlora.models._loading import ModelSettings, load_pipeline, read_settings
 from qrlora.models._noise import Diffusion, FlowMatching, NoiseProcess
 from qrlora.models._quantization import Quantization, check_quantization, quantized_layers
+from qrlora.models._reading import told
 from qrlora.models._streaming import BlockStream, repeated_blocks
 
 for _module in iter_modules(__path__):
@@ -44,4 +45,5 @@ __all__ = [
     "register_family",
     "repeated_blocks",
     "shipped_models",
+    "told",
 ]

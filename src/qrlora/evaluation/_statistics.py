@@ -1,7 +1,7 @@
-"""What tells one hand's drawing from another's in a 64-pixel picture: its palette and how its colours meet.
+"""What tells one hand's drawing from another's in a small picture: its palette and how its colours meet.
 
-Network features blur exactly that: a ridge on EfficientNet's names about half of the true pictures in six styles, one
-on these nine in ten.
+Network features blur exactly that: on 64-pixel emoji a ridge on EfficientNet's names about half of the true pictures in
+six styles, one on these nine in ten.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 DISTANCES = (1, 3)
 
 
-def statistics(pictures: Tensor) -> Tensor:
+def picture_statistics(pictures: Tensor) -> Tensor:
     """Square roots of histograms (Hellinger's map), side by side.
 
     Args:
