@@ -1,5 +1,6 @@
 """Adapters, pictures and scores on demand: taken from the store, else computed and kept."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -181,6 +182,26 @@ class Bench(Layout):
             **({"draws": self.stage.draws} if self.stage.draws > 1 else {}),
         }
 
+    def seconds(self, cell: Cell, count: int = 3) -> float:
+        """Median of the seconds of merging the first pairs, as they were when this was first asked."""
+        key = key_of({"seconds": self._cell_keys(cell), "count": count})
+        found = self.store.json("seconds", key)
+        if found is None:
+            if not self.compute:
+                raise NotThereYet
+            found = [self._timed(cell, index * self.repeats) for index in range(min(count, len(self.pairs)))]
+            self.store.put_json("seconds", key, found)
+        return float(np.median(found))
+
+    def _timed(self, cell: Cell, index: int) -> float:
+        adapters, way = [self._adapter(task) for task in self.tasks_of(cell, index)], self.plan.merge(cell.merge)
+        started = time.perf_counter()
+        if way.runtime:
+            schedule_of(way, adapters)
+        else:
+            merged(way, adapters, cell.weights, self.model)
+        return round(time.perf_counter() - started, 4)
+
     def _merged(self, cell: Cell, index: int) -> Picture:
         method, merge = self.plan.method(cell.method), self.plan.merge(cell.merge)
         tasks = self.tasks_of(cell, index)
@@ -189,7 +210,7 @@ class Bench(Layout):
         if method.runtime or merge.runtime:
             both = tuple(zip(adapters, weights, strict=True))
             return Picture(MERGED_PROMPT, seed, both, schedule_of(merge, adapters))
-        return Picture(MERGED_PROMPT, seed, ((merged(merge, adapters, weights), 1.0),))
+        return Picture(MERGED_PROMPT, seed, ((merged(merge, adapters, weights, self.model), 1.0),))
 
     def _adapter(self, task: Task) -> Adapter:
         adapter = self.store.adapter(self.task_key(task))

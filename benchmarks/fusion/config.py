@@ -11,7 +11,7 @@ from benchmarks.fusion.precision import Precision
 from qrlora.adapter import AdapterSpec, TimestepRange, check_spec
 from qrlora.adapter.forms import form_of
 from qrlora.errors import QrloraError
-from qrlora.merging import merge_names
+from qrlora.merging import merge_names, run_time_names
 
 HERE = Path(__file__).parent
 Role = Literal["content", "style"]
@@ -71,10 +71,13 @@ class Merge(Entry):
 
     Attributes:
         about: what it is, for the table.
-        method: a registered one, or "exact": the sum of the updates, by `sum` on one basis and `concat` otherwise.
+        method: a registered one, merging into a file or acting while a picture is drawn, or "exact": the sum of the
+            updates, by `sum` on one basis and `concat` otherwise.
         options: of the method.
         normalize: both to one norm first.
         timesteps: by role, the range within which its adapter acts; both are then attached.
+        on_base: whether the method learns on the base, which it is then given.
+        sweep: whether other weights than (1, 1) are tried.
     """
 
     about: str
@@ -82,21 +85,24 @@ class Merge(Entry):
     options: dict[str, Any] = {}
     normalize: bool = False
     timesteps: dict[Role, TimestepRange] = {}
+    on_base: bool = False
+    sweep: bool = True
 
     @property
     def runtime(self) -> bool:
         """Whether it is made while a picture is drawn."""
-        return bool(self.timesteps)
+        return bool(self.timesteps) or self.method in run_time_names()
 
     def key(self) -> dict[str, Any]:
         """What its pictures depend on."""
-        found = self.model_dump(mode="json", exclude={"about", "timesteps"})
+        found = self.model_dump(mode="json", exclude={"about", "timesteps", "on_base", "sweep"})
         return {**found, "timesteps": self.timesteps} if self.timesteps else found
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        if self.method != EXACT and self.method not in merge_names():
-            raise ValueError(f"no merge method {self.method!r}; known are {', '.join((EXACT, *merge_names()))}")
+        known = (EXACT, *merge_names(), *run_time_names())
+        if self.method not in known:
+            raise ValueError(f"no merge method {self.method!r}; known are {', '.join(known)}")
         return self
 
 

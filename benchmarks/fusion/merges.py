@@ -4,14 +4,15 @@ import warnings
 from collections.abc import Sequence
 
 from benchmarks.fusion.config import EXACT, ROLES, Merge
-from benchmarks.fusion.schedule import Schedule, by_timesteps
+from benchmarks.fusion.schedule import Schedule, by_rule, by_timesteps
 from qrlora.adapter import ALL_TIMESTEPS
 from qrlora.errors import QrloraWarning
 from qrlora.formats import Adapter
-from qrlora.merging import merge
+from qrlora.merging import merge, run_time_names, run_time_rule
+from qrlora.models import LoadedModel
 
 
-def merged(way: Merge, adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+def merged(way: Merge, adapters: Sequence[Adapter], weights: Sequence[float], base: LoadedModel) -> Adapter:
     """The merge; a weight of 0 leaves an adapter out. What the library warns of (norms, ranks) is measured here."""
     used = [(adapter, weight) for adapter, weight in zip(adapters, weights, strict=True) if weight != 0]
     parts, strengths = [adapter for adapter, _ in used], [weight for _, weight in used]
@@ -27,6 +28,7 @@ def merged(way: Merge, adapters: Sequence[Adapter], weights: Sequence[float]) ->
             normalize=way.normalize,
             blocks=["all"] * len(parts) if apart else None,
             **way.options,
+            **({"model": base} if way.on_base else {}),
         )
 
 
@@ -34,4 +36,6 @@ def schedule_of(way: Merge, adapters: Sequence[Adapter]) -> Schedule | None:
     """Of a merge that is made while a picture is drawn; None where all adapters always act."""
     if way.timesteps:
         return by_timesteps([way.timesteps.get(role, ALL_TIMESTEPS) for role in ROLES])
+    if way.method in run_time_names():
+        return by_rule(run_time_rule(way.method, adapters, **way.options), len(adapters))
     return None

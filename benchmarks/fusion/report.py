@@ -142,13 +142,17 @@ def merge_tables(results: Results, plain: Results, about: Callable[[str], str]) 
         rows = {"exact": plain["methods"][name]["shots"], **merges}
         for shots in results["stage"]["shots"]:
             lines += [f"### Adapters of {name}, {shots} style picture{'s' * (shots > 1)}", ""]
-            lines += [f"| merge | weights | {' | '.join(COLUMNS.values())} |", "|---|---|" + "---|" * len(COLUMNS)]
+            lines += [
+                f"| merge | seconds | weights | {' | '.join(COLUMNS.values())} |",
+                "|---" * (3 + len(COLUMNS)) + "|",
+            ]
             for merge, found in rows.items():
                 each = found[str(shots)]
                 for which, weights in (("even", (1, 1)), ("best", each["weights"])):
                     cells = " | ".join(_cells(each[which], [*COLUMNS]))
                     words = f"{weights[0]:g}, {weights[1]:g}"
-                    lines.append(f"| **{merge}**: {about(merge)} | {words} | {cells} |")
+                    cost = f"{each['seconds']:.2g}" if "seconds" in each else ""
+                    lines.append(f"| **{merge}**: {about(merge)} | {cost} | {words} | {cells} |")
             lines.append("")
     return "\n".join(lines)
 

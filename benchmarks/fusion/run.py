@@ -69,7 +69,7 @@ def screen_method(bench: Bench, name: str) -> dict[str, Any]:
 
 def screen_shots(bench: Bench, name: str, rate: float, shots: int, merge: str = EXACT) -> dict[str, Any]:
     """A method at its rate from some style pictures: weights, drift, each adapter alone, fewer steps."""
-    grid = (EVEN, *bench.stage.weights)
+    grid = (EVEN, *(bench.stage.weights if bench.plan.merge(merge).sweep else ()))
     frontier: list[tuple[Weights, Scores]] = [(w, bench.scores(Cell(name, rate, shots, merge, w))) for w in grid]
     best, scores = max(frontier, key=lambda each: objective([each[1]]))
     even = Cell(name, rate, shots, merge)
@@ -80,7 +80,7 @@ def screen_shots(bench: Bench, name: str, rate: float, shots: int, merge: str = 
         "frontier": [{"weights": list(weights), **summary(each)} for weights, each in frontier],
     }
     if merge != EXACT:
-        return found
+        return found | {"seconds": bench.seconds(even)}
     alone = bench.alone(name, rate, shots)
     keep = bench.stage.keep if name in bench.stage.keep_of else ()
     steps = {str(k): summary(bench.scores(Cell(name, rate, shots, steps=k))) for k in keep}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.fusion.many import Stack
 from qrlora.adapter import TimestepRange
+from qrlora.merging import RunTimeRule
 
 Schedule = Callable[[str, float], Sequence[float]]
 """(layer, timestep from 0, clean, to 1000, pure noise) to what each adapter's weight is multiplied by."""
@@ -20,6 +21,16 @@ def by_timesteps(ranges: Sequence[TimestepRange]) -> Schedule:
 
     def factors(layer: str, timestep: float) -> list[float]:
         return [float(low <= timestep <= high) for low, high in ranges]
+
+    return factors
+
+
+def by_rule(rule: RunTimeRule, count: int) -> Schedule:
+    """What a run-time method chooses among `count` adapters."""
+
+    def factors(layer: str, timestep: float) -> list[float]:
+        acting = rule.acting(layer, 1 - timestep / _TIMESTEPS)
+        return [float(place in acting) for place in range(count)]
 
     return factors
 

@@ -10,15 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.fusion.store import digest, key_of
+from qrlora.evaluation import hellinger, multiscale
 from qrlora.formats import read_safetensors, write_safetensors
 from tools.emoji.dataset import Emoji
 from tools.emoji.scores import Features, Judge, Through
-from tools.emoji.statistics import statistics
 
 Pair = tuple[str, str]
 HITS = ("content", "style", "both")
 DISTANCES = ("feature", "pixels", "look")
-SCALES = 4
 
 
 @dataclass(frozen=True)
@@ -67,25 +66,6 @@ class Scorer:
 
 def _unit(pictures: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 255
-
-
-def multiscale(one: Tensor, other: Tensor) -> Tensor:
-    """`[N]` of pictures `[N, 3, H, W]` in [0, 1]: L1 of colours and gradients, at full size and halved three times."""
-    total = torch.zeros(len(one))
-    for scale in range(SCALES):
-        if scale:
-            one, other = F.avg_pool2d(one, 2), F.avg_pool2d(other, 2)
-        across, down = ((a.diff(dim=dim) - b.diff(dim=dim)).abs() for a, b, dim in ((one, other, 3), (one, other, 2)))
-        colours = (one - other).abs().flatten(1).mean(1)
-        total += (colours + (across.flatten(1).mean(1) + down.flatten(1).mean(1)) / 2) / 2
-    return total / SCALES
-
-
-def hellinger(pictures: np.ndarray, others: np.ndarray) -> Tensor:
-    """`[N]`: of the histograms of `tools.emoji.statistics`, their Bhattacharyya coefficients averaged."""
-    one, other = (statistics(torch.from_numpy(np.ascontiguousarray(each))) for each in (pictures, others))
-    blocks = one.square().sum(dim=1)  # each histogram sums to 1, so this is how many there are
-    return (1 - (one * other).sum(dim=1) / blocks).clamp(min=0).sqrt()
 
 
 def make_scorer(

@@ -125,7 +125,7 @@ def test_pictures_of_a_cell_are_those_of_its_merge(bench: Bench) -> None:
     content, style = bench.tasks_of(cell, 2)
     parts = [bench.store.adapter(bench.task_key(task)) for task in (content, style)]
     assert all(part is not None for part in parts)
-    whole = merged(bench.plan.merge("exact"), [part for part in parts if part is not None], (2.0, 0.5))
+    whole = merged(bench.plan.merge("exact"), [part for part in parts if part is not None], (2.0, 0.5), bench.model)
     for layer, pair in whole.layers.items():
         deltas = [part.layers[layer].delta().double() for part in parts if part is not None]
         assert np.allclose(pair.delta(), 2 * deltas[0] + 0.5 * deltas[1], atol=1e-7)
@@ -281,7 +281,7 @@ def test_parts_of_the_network_and_ranges_of_timesteps_are_a_methods_own(bench: B
     cell = Cell("apart", 0.01, 1)
     bench.train(bench.tasks(method, 0.01, [1]))
     parts = [bench.store.adapter(bench.task_key(task)) for task in bench.tasks_of(cell, 0)]
-    whole = merged(bench.plan.merge("exact"), [part for part in parts if part is not None], EVEN)
+    whole = merged(bench.plan.merge("exact"), [part for part in parts if part is not None], EVEN, bench.model)
     layers = [set(part.layers) for part in parts if part is not None]
     assert not layers[0] & layers[1]
     assert set(whole.layers) == layers[0] | layers[1]

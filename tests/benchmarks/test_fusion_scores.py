@@ -10,9 +10,10 @@ from scipy import stats
 
 from benchmarks.fusion.plots import outer
 from benchmarks.fusion.report import score_table
-from benchmarks.fusion.scores import Scorer, hellinger, make_scorer, multiscale
+from benchmarks.fusion.scores import Scorer, make_scorer
 from benchmarks.fusion.splits import Splits
 from benchmarks.fusion.statistics import bootstrap, difference, geometric
+from qrlora.evaluation import hellinger, multiscale
 from tools.emoji.dataset import Emoji
 
 
