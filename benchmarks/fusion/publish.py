@@ -9,7 +9,7 @@ from benchmarks.fusion import plots
 from benchmarks.fusion.bench import Bench
 from benchmarks.fusion.cells import Cell
 from benchmarks.fusion.config import EXACT
-from benchmarks.fusion.report import merge_tables, put_between, tables
+from benchmarks.fusion.report import merge_tables, put_between, short_merge_tables, short_tables, tables
 from benchmarks.fusion.store import NotThereYet
 from qrlora.formats import atomic_write
 
@@ -25,14 +25,14 @@ def publish(bench: Bench, results: dict[str, Any], folder: Path, name: str, docu
         results: of the stage.
         folder: for the files.
         name: of the stage; files begin with it.
-        document: gets the tables between its `<!-- name -->` marks.
+        document: gets the short tables between its `<!-- name -->` marks.
 
     Returns:
         The files written.
     """
     text = tables(results)
     written = [atomic_write(folder / f"{name}.md", f"# The fusion benchmark: {name}\n\n{text}\n")]
-    put_between(document, name, text.replace("### ", "#### "))
+    put_between(document, name, short_tables(results))
     ranks = {
         key: (method.adapter["basis"], method.spec("content", bench.stage.rank, 0).rank)
         for key, method in bench.plan.methods.items()
@@ -58,8 +58,12 @@ def publish_merges(
     bench: Bench, results: dict[str, Any], plain: dict[str, Any], folder: Path, name: str, document: Path = DOCUMENT
 ) -> Path:
     """The table of ways to merge, likewise."""
-    text = merge_tables(results, plain, lambda merge: bench.plan.merge(merge).about)
-    put_between(document, f"{name}-merges", text.replace("### ", "#### "))
+
+    def about(merge: str) -> str:
+        return bench.plan.merge(merge).about
+
+    text = merge_tables(results, plain, about)
+    put_between(document, f"{name}-merges", short_merge_tables(results, plain, about))
     return atomic_write(folder / f"{name}-merges.md", f"# Ways to merge: {name}\n\n{text}\n")
 
 

@@ -35,6 +35,42 @@ def tables(results: Results) -> str:
     return "\n".join(lines)
 
 
+def short_tables(results: Results) -> str:
+    """What a document needs of it: the shares and how far each method is from plain LoRA, a line a method."""
+    lines = [_about(results), ""]
+    for shots in map(str, results["stage"]["shots"]):
+        found = {name: each["shots"][shots] for name, each in results["methods"].items() if each.get("shots")}
+        heads = [
+            f"{shots} style picture{'s' * (shots != '1')}",
+            "weights",
+            "content right",
+            "style right",
+            "both right",
+        ]
+        if AGAINST in found:
+            heads += ["both, less plain LoRA's", "feature distance, less plain LoRA's"]
+        lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        rows = [(name, which) for name in found for which in ("even", "best")]
+        rows = [(name, which) for name, which in rows if which == "best" or list(found[name]["weights"]) != [1.0, 1.0]]
+        for name, which in sorted(rows, key=lambda row: -share(found[row[0]][row[1]])):
+            each = found[name]
+            words = "{:g}, {:g}".format(*(each["weights"] if which == "best" else (1, 1)))
+            cells = [_label(results, name), words, *_cells(each[which], ["content", "style", "both"])]
+            if AGAINST in found:
+                cells += [_less(each[which], found[AGAINST][which], key) for key in ("both", "feature")]
+            lines.append(f"| {' | '.join(cells)} |")
+        for name, scores in results.get("references", {}).items():
+            blank = ["", ""] * (AGAINST in found)
+            cells = [f"*{name}*", "", *_cells(scores, ["content", "style", "both"]), *blank]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _less(one: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]], key: str) -> str:
+    return "" if one is other else _signed(difference(np.asarray(one[key]), np.asarray(other[key])))
+
+
 def _about(results: Results) -> str:
     stage, classifier = results["stage"], results["classifier"]
     pairs, contents, styles = len(results["pairs"]), stage["contents"], stage["styles"]
@@ -155,6 +191,32 @@ def merge_tables(results: Results, plain: Results, about: Callable[[str], str]) 
                     lines.append(f"| **{merge}**: {about(merge)} | {cost} | {words} | {cells} |")
             lines.append("")
     return "\n".join(lines)
+
+
+def short_merge_tables(results: Results, plain: Results, about: Callable[[str], str]) -> str:
+    """The same for a document: each merge at its best weights on dev, and how far it is from the sum there."""
+    lines: list[str] = []
+    for name, merges in results["methods"].items():
+        rows = {"exact": plain["methods"][name]["shots"], **merges}
+        lines += [f"Adapters of **{name}**:", "", f"| merge | seconds | {_short_heads(results)} |"]
+        lines.append("|---" * (2 + 5 * len(results["stage"]["shots"])) + "|")
+        for merge, found in rows.items():
+            cells = [f"**{merge}**: {about(merge)}"]
+            seconds = [each["seconds"] for each in found.values() if "seconds" in each]
+            cells.append(f"{max(seconds):.2g}" if seconds else "")
+            for shots in map(str, results["stage"]["shots"]):
+                best, its = found[shots]["best"], rows["exact"][shots]["best"]
+                cells += ["{:g}, {:g}".format(*found[shots]["weights"])]
+                cells += [f"{float(np.mean(best[key])):.2f}" for key in ("content", "style", "both")]
+                cells.append(_less(best, its, "both"))
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _short_heads(results: Results) -> str:
+    heads = ("weights", "content", "style", "both", "both, less the sum's")
+    return " | ".join(f"{shots}: {head}" for shots in results["stage"]["shots"] for head in heads)
 
 
 def put_between(path: Path, mark: str, text: str) -> None:

@@ -61,10 +61,13 @@ def test_a_screen_trains_merges_scores_and_writes_its_table(bench: Bench, tmp_pa
     assert text.startswith("before")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert "python -m benchmarks.fusion screen" in text
-    value = np.mean(part["even"]["feature"])
     line = next(line for line in text.splitlines() if line.startswith("| **qr**: small | 1, 1"))
-    assert f"{value:.2f} [" in line
+    assert f"{np.mean(part['even']['content']):.2f} [" in line
+    less = np.mean(part["even"]["feature"]) - np.mean(found["lora"]["shots"]["1"]["even"]["feature"])
+    assert f"{less:+.2f} [" in line
+    full = (options.results / "screen.md").read_text(encoding="utf-8")
+    assert "python -m benchmarks.fusion screen" in full
+    assert f"{np.mean(part['even']['feature']):.2f} [" in full
 
 
 def test_a_stopped_screen_goes_on_and_ends_as_an_uninterrupted_one(
