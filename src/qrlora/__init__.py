@@ -78,11 +78,15 @@ __all__ = [
 ]
 
 
-def load_adapter(path: "str | Path") -> "Adapter":
-    """Read an adapter file or a peft folder; see `qrlora.formats.read_adapter`."""
+def load_adapter(path: "str | Path", *, lazy: bool = False) -> "Adapter":
+    """Read an adapter file or a peft folder; see `qrlora.formats.read_adapter`.
+
+    With `lazy`, layers are read from the file whenever they are asked for, so `merge([...]).save(path)` of such
+    adapters holds one layer at a time.
+    """
     from qrlora.formats import read_adapter
 
-    return read_adapter(path)
+    return read_adapter(path, lazy=lazy)
 
 
 def __getattr__(name: str) -> Any:

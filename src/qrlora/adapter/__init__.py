@@ -1,13 +1,15 @@
 """A basis on a denoiser, through plain peft: new adapters, adapters from files, and adapters as files."""
 
-from qrlora.adapter._add import add_adapter, check_encoder_spec
+from qrlora.adapter._add import add_adapter, check_addable, check_encoder_spec, compute_bases
 from qrlora.adapter._attach import attach_adapter, check_fits, ranks_of, resolve_coefficients, trained_size
+from qrlora.adapter._bank import AdapterBank
 from qrlora.adapter._blank import add_blank_adapter
 from qrlora.adapter._cache import BasisCache, default_cache_folder
 from qrlora.adapter._choice import Choice, adapters_by_choice
 from qrlora.adapter._control import adapters_disabled, remove_adapter, set_adapters, trainable_parameters
 from qrlora.adapter._estimate import basis_notice, estimate_seconds
 from qrlora.adapter._export import adapter_of, base_hash, kept_tensors, restore_kept, save_adapter
+from qrlora.adapter._parallel import by_layer
 from qrlora.adapter._peft import zero_masked
 from qrlora.adapter._pipeline import (
     adapter_of_pipeline,
@@ -31,6 +33,7 @@ from qrlora.adapter.targets import adaptable_layers, register_targets, target_la
 
 __all__ = [
     "ALL_TIMESTEPS",
+    "AdapterBank",
     "AdapterSpec",
     "BasisCache",
     "Blocks",
@@ -51,11 +54,14 @@ __all__ = [
     "base_hash",
     "basis_notice",
     "block_names",
+    "by_layer",
+    "check_addable",
     "check_encoder_spec",
     "check_fits",
     "check_fits_pipeline",
     "check_spec",
     "check_timesteps",
+    "compute_bases",
     "default_cache_folder",
     "denoisers_with",
     "dense_weight",

@@ -2,15 +2,17 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from qrlora.adapter._cache import BasisCache
 from qrlora.adapter._packed import keep_gradients
+from qrlora.adapter._parallel import by_layer
 from qrlora.adapter._peft import Injection, Record, as_mixin, check_new_name, component_of, inject, masked_factor
 from qrlora.adapter._spec import PLAIN_LORA, AdapterSpec
-from qrlora.adapter._weights import check_adaptable, combined_hash, dense_weight, layer_hash
+from qrlora.adapter._weights import base_layer, base_weight, check_adaptable, combined_hash, dense_weight, layer_hash
 from qrlora.adapter.forms import Form, Start, form_of
 from qrlora.adapter.forms._form import COEFFICIENTS, check_spec
 from qrlora.adapter.targets import adaptable_layers, target_layers
@@ -52,23 +54,22 @@ def add_adapter(
     """
     as_mixin(denoiser)
     check_new_name(denoiser, adapter_name)
-    check_spec(spec)
-    form = form_of(spec)
-    if component_of(denoiser) in TEXT_ENCODERS:
-        check_encoder_spec(spec)
-    layers = target_layers(denoiser, spec.target_modules, spec.blocks)
-    modules = adaptable_layers(denoiser)
-    for layer in layers:
-        check_adaptable(modules[layer], layer)
-        _check_rank(dense_weight(modules[layer], layer), spec, form, layer)
+    layers = check_addable(denoiser, spec)
+    form, modules = form_of(spec), adaptable_layers(denoiser)
     keep_gradients(denoiser)
     store = cache if cache is not None else BasisCache()
     starts: dict[str, Start] = {}
     hashes: dict[str, str] = {}
-    for done, layer in enumerate(layers, start=1):
+
+    def started(layer: str) -> tuple[Start, str]:
         weight = dense_weight(modules[layer], layer)
-        starts[layer] = form.start(weight if device is None else weight.to(device), spec, layer, store)
-        hashes[layer] = layer_hash(modules[layer], layer)
+        start = form.start(weight if device is None else weight.to(device), spec, layer, store)
+        return start, layer_hash(modules[layer], layer, weight)
+
+    where = device or base_weight(modules[layers[0]]).device
+    made = by_layer(started, layers, at_once=None if where.type == "cpu" else 1)
+    for done, (layer, (start, hashed)) in enumerate(zip(layers, made, strict=True), start=1):
+        starts[layer], hashes[layer] = start, hashed
         if progress is not None:
             progress(done, len(layers))
     inject(
@@ -84,6 +85,60 @@ def add_adapter(
         ),
     )
     return layers
+
+
+def check_addable(denoiser: nn.Module, spec: AdapterSpec) -> list[str]:
+    """Refuse what `add_adapter` would refuse whatever the adapter's name; changes nothing.
+
+    Returns:
+        The paths of the layers that would be adapted.
+
+    Raises:
+        QrloraError: as said there.
+    """
+    check_spec(spec)
+    if component_of(denoiser) in TEXT_ENCODERS:
+        check_encoder_spec(spec)
+    layers, modules = target_layers(denoiser, spec.target_modules, spec.blocks), adaptable_layers(denoiser)
+    for layer in layers:
+        check_adaptable(modules[layer], layer)
+        _check_rank(dense_weight(modules[layer], layer), spec, form_of(spec), layer)
+    return layers
+
+
+def compute_bases(
+    denoiser: nn.Module,
+    spec: AdapterSpec,
+    share: tuple[int, int],
+    *,
+    cache: BasisCache | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Compute the bases of a share of the layers, so that `add_adapter` finds them in the cache.
+
+    Large layers and small ones are dealt out evenly. Which process computes a basis does not change it.
+
+    Args:
+        denoiser: as for `add_adapter`.
+        spec: likewise.
+        share: index of the share, and how many there are.
+        cache: one that the others read too, or they compute for themselves.
+        progress: called with (layers done, layers of the share) after each layer.
+        device: where to compute; where each weight is, where None.
+
+    Raises:
+        QrloraError: what `check_addable` raises.
+    """
+    layers, modules, (index, count) = check_addable(denoiser, spec), adaptable_layers(denoiser), share
+    store = cache if cache is not None else BasisCache()
+    sizes = {layer: cast(Tensor, base_layer(modules[layer]).weight).numel() for layer in layers}
+    own = sorted(layers, key=lambda layer: -sizes[layer])[index::count]
+    for done, layer in enumerate(own, start=1):
+        weight = dense_weight(modules[layer], layer)
+        form_of(spec).start(weight if device is None else weight.to(device), spec, layer, store)
+        if progress is not None:
+            progress(done, len(own))
 
 
 def check_encoder_spec(spec: AdapterSpec) -> None:

@@ -154,7 +154,7 @@ def _check_layers(
 
 
 def _check_shapes(modules: dict[str, nn.Module], adapter: Adapter) -> None:
-    for layer, pair in adapter.layers.items():
+    for layer, pair in adapter.shapes.items():
         shape = _shape(base_layer(modules[layer]))
         if pair.shape != shape:
             raise QrloraError(

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class BasisCache:
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = Path(folder) if folder is not None else default_cache_folder()
         self._writable = True
+        self._writing = Lock()
 
     def get(self, weight: Tensor, spec: AdapterSpec, layer: str) -> Basis:
         """The basis of `weight` that `spec` asks for: remembered, read, or computed and then kept.
@@ -113,8 +115,9 @@ class BasisCache:
             band=spec.slice,
         )
         basis = Basis(made.vectors.cpu().contiguous(), made.name, made.side, made.solver, made.angle)
-        if self._writable:
-            self._keep(key, wanted, basis)
+        with self._writing:
+            if self._writable:
+                self._keep(key, wanted, basis)
         return basis
 
     def _keep(self, key: str, wanted: dict[str, Any], basis: Basis) -> None:
@@ -145,7 +148,7 @@ def _key(wanted: dict[str, Any]) -> str:
 
 
 def _checksum(vectors: Tensor) -> str:
-    return hashlib.sha256(vectors.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(vectors.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def _verified(
@@ -169,7 +172,7 @@ def _verified(
     shape = (out if spec.side == "output" else inputs, spec.rank)
     if vectors.dtype != torch.float32 or tuple(vectors.shape) != shape or _checksum(vectors) != checksum:
         raise QrloraError(f"{path} is damaged (its checksum or shape is wrong).")
-    if not bool(torch.isfinite(vectors).all()):
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(vectors))).all()):  # one read of the vectors
         raise QrloraError(f"{path} is damaged (its vectors are not finite).")
     error = float((vectors.T @ vectors - torch.eye(spec.rank)).abs().max()) if is_orthonormal(spec.basis) else 0.0
     if error > _ORTHONORMAL:

@@ -26,7 +26,7 @@ def adapters_by_choice(denoiser: nn.Module, weights: Mapping[str, float], choose
     Afterwards all of `weights` are active, and layers whose adapters were disabled are so again.
 
     Args:
-        denoiser: its `timestep` is read at each call; a call has one timestep, whatever its batch.
+        denoiser: its `timestep` (or `t`) is read at each call; a call has one timestep, whatever its batch.
         weights: as for `set_adapters`; an adapter at weight 0 is left out.
         choose: asked before each call.
 
@@ -76,7 +76,8 @@ def _timestep_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     """The one timestep of a call, as it was given."""
     found = kwargs.get("timestep")
     if found is None:
-        found = inspect.signature(denoiser.forward).bind_partial(*args, **kwargs).arguments.get("timestep")
+        arguments = inspect.signature(denoiser.forward).bind_partial(*args, **kwargs).arguments
+        found = arguments.get("timestep", arguments.get("t"))
     if found is None:
         raise QrloraError(
             f"{type(denoiser).__name__} was called without a timestep, by which its adapters are to be chosen."

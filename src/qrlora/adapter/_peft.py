@@ -19,8 +19,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin as EncoderMixin
 
+from qrlora.adapter._forward import compute_jointly
 from qrlora.adapter._variant import OWN, give_form, held_by, own_tensors
-from qrlora.adapter._weights import path_stem
+from qrlora.adapter._weights import base_weight, path_stem
 from qrlora.adapter.forms import Form, Held, Start
 from qrlora.adapter.forms._form import Factor, upper_triangle
 from qrlora.adapter.forms.lora import PLAIN_LORA
@@ -191,7 +192,8 @@ def inject(denoiser: nn.Module, adapter_name: str, injection: Injection) -> None
     """
     mixin = as_mixin(denoiser)
     config = _config(injection, path_stem(denoiser))
-    with cast(Any, torch.random).fork_rng(devices=[]), warnings.catch_warnings():
+    # Without values: peft's random ones would be replaced here, and drawing them takes longer than all the rest.
+    with cast(Any, torch.random).fork_rng(devices=[]), warnings.catch_warnings(), torch.device("meta"):
         # Several adapters on one model are what this package is for.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         mixin.add_adapter(config, adapter_name)
@@ -199,13 +201,15 @@ def inject(denoiser: nn.Module, adapter_name: str, injection: Injection) -> None
     side = injection.record.side
     for name, layer in lora_layers(denoiser, adapter_name).items():
         pair, own = injection.starts[name].pair, injection.starts[name].own
+        device = base_weight(cast(nn.Module, layer)).device
         for factor, tensor in (("lora_A", pair.A), ("lora_B", pair.B)):
             module = cast(nn.ModuleDict, getattr(layer, factor))[adapter_name]
-            device = cast(Tensor, module.weight).device
             # A copy in fp32, whatever the base's dtype: adapters never share storage, which loaders overwrite in place.
             values = tensor.detach().to(device, torch.float32, copy=True).contiguous()
             module.weight = nn.Parameter(values, requires_grad=factor not in injection.frozen)
         give_form(layer, adapter_name, injection.form, own, side)
+        if not injection.form.has_update:
+            compute_jointly(layer)
         # peft reapplies this after set_adapter, enabling and copying; a bare requires_grad_(False) would be undone.
         layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: injection.frozen}
         if OWN in injection.frozen and own:

@@ -47,7 +47,7 @@ def adapters_by_timestep(
     layers whose adapters were disabled are so again.
 
     Args:
-        denoiser: its `timestep` is read at each call; a call has one timestep, whatever its batch.
+        denoiser: its `timestep` (or `t`) is read at each call; a call has one timestep, whatever its batch.
         weights: as for `set_adapters`; an adapter at weight 0 is left out.
         ranges: by adapter; one that is not named here acts always.
         given: timesteps (0 clean, 1000 pure noise) to what the denoiser is given for them, in the dtype it comes in,
@@ -72,5 +72,5 @@ def adapters_by_timestep(
 
 def _within(timestep: Tensor, bounds: TimestepRange, given: Callable[[Tensor], Tensor]) -> bool:
     dtype = timestep.dtype if timestep.is_floating_point() else torch.float64
-    low, high = given(torch.tensor(bounds, dtype=dtype))
-    return bool((low <= timestep) & (timestep <= high))
+    ends = given(torch.tensor(bounds, dtype=dtype))
+    return bool((ends.amin() <= timestep) & (timestep <= ends.amax()))  # some denoisers count from noise to clean

@@ -26,6 +26,11 @@ def base_layer(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
+def base_weight(module: nn.Module) -> Tensor:
+    """The layer's weight as it is stored."""
+    return cast(Tensor, base_layer(module).weight)
+
+
 def path_stem(model: nn.Module) -> str:
     """What the paths of a model's layers begin with in adapters, beyond its own module paths.
 
@@ -82,12 +87,14 @@ def dense_weight(module: nn.Module, layer: str) -> Tensor:
     return dense
 
 
-def layer_hash(module: nn.Module, layer: str) -> str:
+def layer_hash(module: nn.Module, layer: str, dense: Tensor | None = None) -> str:
     """`label:hash` of a layer's weight, as headers hold it; the label is the dtype, a packing's name before it.
 
     So a header says from which weights its bases were made: "bfloat16:...", "packed-bitsandbytes.nf4-bfloat16:...".
+    `dense` is its `dense_weight`, for whoever has it.
     """
-    weight, dense = cast(Tensor, base_layer(module).weight), dense_weight(module, layer)
+    weight = base_weight(module)
+    dense = dense_weight(module, layer) if dense is None else dense
     packed = "" if _is_plain(weight) else f"packed-{packing(weight)}-"
     return f"{packed}{_dtype_name(dense.dtype)}:{weight_hash(dense)}"
 
@@ -141,7 +148,7 @@ def check_base(modules: Mapping[str, nn.Module], hashes: Mapping[str, str], labe
 
 def _same(module: nn.Module, layer: str, wanted: str) -> bool | None:
     same = same_weight(layer_hash(module, layer), wanted)
-    weight = cast(Tensor, base_layer(module).weight)
+    weight = base_weight(module)
     if same is None and _is_plain(weight):
         for narrower in _NARROWER.get(weight.dtype, ()):
             if wanted.startswith(f"{_dtype_name(narrower)}:"):

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from importlib import import_module
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,16 +13,20 @@ from qrlora.adapter.blocks import Blocks, layers_in
 from qrlora.errors import QrloraError
 
 _TARGETS: dict[str, tuple[str, ...]] = {}
+_IDLE: dict[str, Callable[[nn.Module], Collection[str]]] = {}
 
 
-def register_targets(class_name: str, patterns: tuple[str, ...]) -> None:
+def register_targets(
+    class_name: str, patterns: tuple[str, ...], idle: Callable[[nn.Module], Collection[str]] = lambda denoiser: ()
+) -> None:
     """Say what `target_modules="auto"` means for a class of denoisers.
 
     Args:
         class_name: of the denoiser, such as "FluxTransformer2DModel"; its subclasses follow.
         patterns: names that match the last whole components of a module's path.
+        idle: paths that these names match and a denoiser has no use for, which are left out.
     """
-    _TARGETS[class_name] = patterns
+    _TARGETS[class_name], _IDLE[class_name] = patterns, idle
 
 
 def adaptable_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
@@ -60,8 +64,8 @@ def _matching(denoiser: nn.Module, target_modules: str | list[str]) -> list[str]
                 )
         found = [name for name in names if any(_ends_with(name, wanted) for wanted in target_modules)]
     elif target_modules == "auto":
-        patterns = _patterns_of(denoiser)
-        found = [name for name in names if any(_ends_with(name, pattern) for pattern in patterns)]
+        patterns, idle = _patterns_of(denoiser)
+        found = [name for name in names if name not in idle and any(_ends_with(name, end) for end in patterns)]
     else:
         found = [name for name in names if _expression(target_modules).fullmatch(name)]
     if not found:
@@ -100,12 +104,12 @@ def _expression(text: str) -> re.Pattern[str]:
         raise QrloraError(f"target_modules={text!r} is not a valid regular expression: {error}.") from error
 
 
-def _patterns_of(denoiser: nn.Module) -> tuple[str, ...]:
+def _patterns_of(denoiser: nn.Module) -> tuple[tuple[str, ...], Collection[str]]:
     # The families stand above this package and register themselves when they are imported.
     import_module("qrlora.models")
     for parent in type(denoiser).__mro__:
         if parent.__name__ in _TARGETS:
-            return _TARGETS[parent.__name__]
+            return _TARGETS[parent.__name__], _IDLE[parent.__name__](denoiser)
     known = ", ".join(sorted(_TARGETS)) or "none"
     raise QrloraError(
         f'target_modules="auto" is not known for {_kind(denoiser)} (known: {known}); '

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -94,6 +95,7 @@ def weight_hash(weight: Tensor) -> str:
     return digest.hexdigest()[:32]
 
 
+@lru_cache(maxsize=8)
 def _spread(count: int) -> Tensor:
     """Fixed, distinct positions below `count` by golden-ratio steps: a plain stride could see only a few columns."""
     step = int(count * 0.6180339887498949)
@@ -104,7 +106,13 @@ def _spread(count: int) -> Tensor:
 
 def _sketch(basis: Tensor, seed: int) -> Tensor:
     d, rank = basis.shape
-    return gaussian(d, rank, seed).to(basis.device).T @ basis / math.sqrt(rank)
+    return _drawn(d, rank, seed, basis.device).T @ basis / math.sqrt(rank)
+
+
+@lru_cache(maxsize=4)
+def _drawn(d: int, rank: int, seed: int, device: torch.device) -> Tensor:
+    """The layers of a model have few shapes, and drawing takes longer than the product."""
+    return gaussian(d, rank, seed).to(device)
 
 
 def _like(vectors: Tensor) -> Tensor:

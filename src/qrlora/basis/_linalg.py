@@ -14,7 +14,7 @@ _lapack: Any = torch.linalg  # its functions carry no types
 
 LinAlgError: type[RuntimeError] = _lapack.LinAlgError
 
-_CHUNK = 1 << 22  # elements of a weight held in fp64 at a time (32 MiB)
+_CHUNK = 1 << 20  # elements of a weight held in fp64 at a time (8 MiB, which caches keep)
 
 
 def as_matrix(weight: Tensor, groups: int = 1, layer: str = "weight") -> Tensor:
@@ -92,6 +92,27 @@ def orthonormal(block: Tensor) -> Tensor:
     return qr(block)[0]
 
 
+def quick_orthonormal(block: Tensor) -> Tensor:
+    """`orthonormal` by Cholesky decompositions of Gram matrices, where the block is well enough conditioned for that.
+
+    Products instead of reflections: several times faster on tall blocks (Yamamoto and others 2015, "Roundoff error
+    analysis of the CholeskyQR2 algorithm").
+    """
+    found = block
+    for _ in range(2):
+        factor, failed = _lapack.cholesky_ex(found.T @ found)
+        if bool(failed):
+            return orthonormal(block)
+        found = _lapack.solve_triangular(factor.T, found, upper=True, left=False)
+    error = found.T @ found - torch.eye(found.shape[1], dtype=found.dtype, device=found.device)
+    return found if float(error.abs().amax()) <= 100 * torch.finfo(found.dtype).eps else orthonormal(block)
+
+
+def mapped(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """Right singular vectors `[n, b]` of `matrix [d, n]` to left ones `[d, b]`."""
+    return orthonormal(matrix @ vectors)
+
+
 def positive_qr(block: Tensor) -> Tensor:
     """`Q [d, min(d, n)]` of the QR decomposition of `block [d, n]` that has `diag(R) >= 0` (unique where it is > 0)."""
     q, r = qr(block)
@@ -119,14 +140,6 @@ def _row_chunks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def times(matrix: Tensor, block: Tensor) -> Tensor:
     """`matrix [d, n] @ block [n, b]` in fp64, without an fp64 copy of the whole matrix."""
     return torch.cat([rows @ block for _, rows in _row_chunks(matrix)])
-
-
-def transposed_times(matrix: Tensor, block: Tensor) -> Tensor:
-    """`matrix^T [n, d] @ block [d, b]` in fp64, without an fp64 copy of the whole matrix."""
-    total = torch.zeros(matrix.shape[1], block.shape[1], dtype=torch.float64, device=matrix.device)
-    for chunk, rows in _row_chunks(matrix):
-        total.addmm_(rows.T, block[chunk])
-    return total
 
 
 def gaussian(rows: int, columns: int, seed: int) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qrlora.basis._linalg import gaussian, norms, positive_qr, times, transposed_times
+from qrlora.basis._linalg import gaussian, norms, positive_qr, times
 from qrlora.basis._precision import full_precision
 from qrlora.basis._subspace import Side, oriented
 from qrlora.errors import QrloraError
@@ -123,7 +123,7 @@ def projection(request: PairRequest) -> tuple[Tensor, Tensor]:
     """`Q` and what is left of W in its span."""
     q = _given(request)
     if request.side == "output":
-        return q, transposed_times(request.matrix, q).T
+        return q, times(request.matrix.T, q).T
     return times(request.matrix, q), q.T
 
 
@@ -151,4 +151,4 @@ def pissa(request: PairRequest) -> tuple[Tensor, Tensor]:
 def olora(request: PairRequest) -> tuple[Tensor, Tensor]:
     """The first columns of Q and rows of R, which need the first r columns of W alone; `diag(R) >= 0`."""
     q = positive_qr(request.matrix[:, : request.rank].double())
-    return q, transposed_times(request.matrix, q).T
+    return q, times(request.matrix.T, q).T

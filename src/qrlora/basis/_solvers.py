@@ -1,12 +1,9 @@
-"""The three ways to a block that holds the wanted singular subspace. They only propose: `_certificate` judges."""
+"""Full decompositions that propose a block with the wanted singular subspace: `_certificate` judges it."""
 
 import torch
 from torch import Tensor
 
-from qrlora.basis._linalg import eigenvectors, gaussian, orthonormal, svd
-
-_KRYLOV_STEPS = 6
-_KRYLOV_SEED = 0
+from qrlora.basis._linalg import mapped, orthonormal, svd, symmetric, times
 
 
 def exact_block(matrix: Tensor, columns: int, *, leading: bool, fp64: bool) -> Tensor:
@@ -16,53 +13,36 @@ def exact_block(matrix: Tensor, columns: int, *, leading: bool, fp64: bool) -> T
 
 
 def gram_block(matrix: Tensor, columns: int, *, leading: bool, fp64: bool) -> Tensor:
-    """The same by eigenvectors of the smaller Gram matrix, mapped through `matrix` if they are the other side's."""
-    d, n = matrix.shape
-    m = matrix.double() if fp64 else matrix
-    vectors = _end(eigenvectors(m @ m.T if d <= n else m.T @ m), columns, leading)
-    return vectors if d <= n else _mapped(m, vectors)
+    """The same by eigenvectors of the smaller Gram matrix, mapped through `matrix` if they are the other side's.
 
-
-def krylov_block(matrix: Tensor, columns: int, rank: int, *, fp64: bool) -> Tensor:
-    """Leading Ritz vectors `[d, columns]` from a block Krylov space with full reorthogonalisation.
-
-    Block width 2 * rank, six blocks (or as much of them as fits the smaller side), seeded start. Musco and Musco
-    2015, "Randomized Block Krylov Methods for Stronger and Faster Approximate Singular Value Decomposition",
-    algorithm 2.
+    In fp32 they are off by its rounding over the gaps between eigenvalues, which one step of refinement in fp64 removes
+    where it is small.
     """
     d, n = matrix.shape
     m = matrix.double() if fp64 else matrix
-    small = m if d <= n else m.T
-    side = small.shape[0]
-    width = min(max(2 * rank, columns), side)
-    start = gaussian(side, width, _KRYLOV_SEED).to(device=m.device, dtype=m.dtype)
-    space, images = _krylov_space(small, orthonormal(start), min(_KRYLOV_STEPS * width, side))
-    projected = space.T @ images
-    vectors = space @ eigenvectors((projected + projected.T) / 2)[:, :columns]
-    return vectors if d <= n else _mapped(m, vectors)
+    values, every = symmetric(m @ m.T if d <= n else m.T @ m)
+    vectors = _end(torch.flip(every, (1,)), columns, leading)
+    if leading and vectors.dtype != torch.float64 and columns < every.shape[1]:
+        small = matrix if d <= n else matrix.T
+        vectors = _refined(small, torch.flip(every, (1,)), torch.flip(values, (0,)), columns)
+    return vectors if d <= n else mapped(m.to(vectors), vectors)
 
 
-def _krylov_space(small: Tensor, start: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Orthonormal `K [k, size]` of the blocks `A^i start`, A = small small^T, the last one cut to fit; and `A K`."""
-    space = start.new_empty(start.shape[0], size)
-    images = torch.empty_like(space)
-    block, filled = start, 0
-    while True:
-        here = slice(filled, filled + block.shape[1])
-        space[:, here] = block
-        images[:, here] = small @ (small.T @ block)
-        filled = here.stop
-        if filled == size:
-            return space, images
-        known = space[:, :filled]
-        block = images[:, here][:, : size - filled]
-        for _ in range(2):  # one pass is not enough for a block that lies almost inside the known space
-            block = orthonormal(block - known @ (known.T @ block))
+def _refined(small: Tensor, every: Tensor, values: Tensor, columns: int) -> Tensor:
+    """The first `columns` of approximate eigenvectors `every [k, k]` of small small^T, better by one Newton step, fp64.
 
-
-def _mapped(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """Right singular vectors `[n, b]` to left ones `[d, b]`."""
-    return orthonormal(matrix @ vectors)
+    `x_i += sum_j x_j (x_j^T r_i) / (l_i - l_j)` over the j past the block, with residuals r in fp64 (Ogita and Aishima
+    2018, "Iterative refinement for symmetric eigenvalue decomposition"). Within the block Rayleigh-Ritz finds them.
+    """
+    first = orthonormal(every[:, :columns].double())
+    images = times(small, times(small.T, first))
+    found = (first * images).sum(dim=0)
+    residuals = images - first * found
+    rest = every[:, columns:]
+    gaps = found - values[columns:, None].double()
+    inside = gaps > 0.01 * (found[0] - values[-1]) / every.shape[1]  # the last columns are spare and have next to none
+    steps = torch.where(inside, (rest.T @ residuals.to(rest)).double() / gaps, 0.0)
+    return first + (rest @ steps.to(rest)).double()
 
 
 def _end(vectors: Tensor, columns: int, leading: bool) -> Tensor:

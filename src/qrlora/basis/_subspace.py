@@ -3,15 +3,17 @@
 import math
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from qrlora.basis._certificate import Ritz, leading_angle, ritz, trailing_angle
+from qrlora.basis._krylov import krylov_block
 from qrlora.basis._linalg import LinAlgError, as_matrix
 from qrlora.basis._precision import full_precision, solving_device
-from qrlora.basis._solvers import exact_block, gram_block, krylov_block
+from qrlora.basis._solvers import exact_block, gram_block
 from qrlora.errors import QrloraError, QrloraWarning
 
 Side = Literal["output", "input"]
@@ -23,7 +25,8 @@ ANGLE_TOLERANCE = 0.01
 
 _EXACT_UP_TO = 512  # smaller side; below it the fp64 SVD takes a fraction of a second
 _KRYLOV_FROM = 24  # smaller side over rank; below it the Krylov space fills over half of the side and Gram is cheaper
-_POLISH_STEPS = 4  # of subspace iteration in fp64, each about a tenth of a Krylov run
+_POLISH_STEPS = 4  # of subspace iteration in fp64, each about a fifth of a Krylov run
+_KRYLOV_ANGLE = 1.25 * ANGLE_TOLERANCE  # of its own estimate, which counts the fp32 rounding that polishing removes
 
 
 @dataclass(frozen=True)
@@ -133,9 +136,16 @@ def oriented(weight: Tensor, side: Side, layer: str) -> Tensor:
     matrix = as_matrix(weight, layer=layer)
     dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
     matrix = matrix.to(device=solving_device(matrix.device), dtype=dtype)
-    if not bool(torch.isfinite(matrix).all()):
+    lowest, highest = _extremes(matrix)
+    if not (math.isfinite(lowest) and math.isfinite(highest)):
         raise QrloraError(f"{layer}: the weight holds NaN or infinite values; check or download the base model again.")
     return matrix if side == "output" else matrix.T
+
+
+def _extremes(matrix: Tensor) -> tuple[float, float]:
+    """Smallest and largest entry, nan where one is nan: one read, where `isfinite` and `abs` make copies."""
+    lowest, highest = torch.aminmax(matrix)
+    return float(lowest), float(highest)
 
 
 @dataclass(frozen=True)
@@ -148,13 +158,18 @@ class _Problem:
     start: int  # the slice of the rank vectors that is returned
     stop: int
 
+    @cached_property
+    def turned(self) -> Tensor:
+        """The transpose `[n, d]`, contiguous on a CPU, where a product with a transposed view takes twice as long."""
+        return self.matrix.T.contiguous() if self.matrix.device.type == "cpu" else self.matrix.T
+
 
 def _prepare(weight: Tensor, rank: int, side: Side, layer: str, *, leading: bool, columns: slice | None) -> _Problem:
     matrix = oriented(weight, side, layer)
     check_rank(rank, min(matrix.shape), layer)
     start, stop, _ = (columns or slice(None)).indices(rank)
     # Only extreme weights are rescaled (exactly, and a copy): their Gram matrices would overflow or underflow.
-    exponent = int(torch.frexp(matrix.abs().amax()).exponent)
+    exponent = math.frexp(max(map(abs, _extremes(matrix))))[1]
     if abs(exponent) <= 20:
         return _Problem(matrix, rank, 0, leading, layer, start, stop)
     return _Problem(_shifted(matrix, -exponent), rank, exponent, leading, layer, start, stop)
@@ -182,7 +197,8 @@ def _solve(problem: _Problem, solver: str, fp64: bool) -> Subspace:
         elif solver == "gram":
             block = gram_block(matrix, columns, leading=problem.leading, fp64=fp64)
         else:
-            block = krylov_block(matrix, columns, rank, fp64=fp64)
+            dtype = torch.float64 if fp64 else matrix.dtype
+            block = krylov_block(matrix.to(dtype), columns, rank, problem.turned.to(dtype), _KRYLOV_ANGLE)
         return _leading(problem, block, solver) if problem.leading else _trailing(problem, block, solver)
     except LinAlgError as error:
         raise QrloraError(f"{problem.layer}: the {solver} solver did not converge ({error}); try another.") from error
@@ -190,21 +206,24 @@ def _solve(problem: _Problem, solver: str, fp64: bool) -> Subspace:
 
 def _leading(problem: _Problem, block: Tensor, solver: str) -> Subspace:
     rank = problem.rank
-    found = ritz(problem.matrix, block)
+    found = ritz(problem.matrix, block, problem.turned)
     angle = _leading_angle(problem, found)
-    for _ in range(_POLISH_STEPS):
+    for left in range(_POLISH_STEPS - 1, -1, -1):
         if angle <= ANGLE_TOLERANCE:
             break
-        better = ritz(problem.matrix, found.image)
+        better = ritz(problem.matrix, found.image, problem.turned)
         better_angle = _leading_angle(problem, better)
         if better_angle >= angle:
             break
+        pace = better_angle / angle
         found, angle = better, better_angle
+        if angle * pace**left > ANGLE_TOLERANCE:
+            break  # the steps that are left would not do
     return _subspace(problem, found.vectors[:, :rank], found.values[:rank], solver, angle)
 
 
 def _trailing(problem: _Problem, block: Tensor, solver: str) -> Subspace:
-    found = ritz(problem.matrix, block)
+    found = ritz(problem.matrix, block, problem.turned)
     first = block.shape[1] - problem.rank
     thin = min(problem.matrix.shape)
     angles = [trailing_angle(found, problem.rank - problem.start, thin)]

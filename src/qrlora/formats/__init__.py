@@ -23,13 +23,13 @@ from qrlora.formats._coefficients import (
 )
 from qrlora.formats._encoders import STEM as CLIP_STEM
 from qrlora.formats._import import Imported, Recognised, import_adapter, open_adapter, recognise
+from qrlora.formats._layers import all_layers, each_layer, shapes_of, some_layers
 from qrlora.formats._layout import WeightSource, format_names, register_layout
 from qrlora.formats._native import read_native, write_native
 from qrlora.formats._peft_folder import read_peft_folder, write_peft_folder
 from qrlora.formats._read import read_adapter
 from qrlora.formats._safetensors import read_metadata, read_safetensors, shown, write_safetensors
 from qrlora.formats._write import write_adapter
-from qrlora.formats.keys import Family
 from qrlora.formats.layouts import load_layouts
 
 load_layouts()
@@ -42,16 +42,17 @@ __all__ = [
     "Coefficients",
     "CoefficientsFile",
     "Component",
-    "Family",
     "Header",
     "Imported",
     "LowRank",
     "Recognised",
     "SaveDtype",
     "WeightSource",
+    "all_layers",
     "atomic_write",
     "basis_vectors",
     "check_weight",
+    "each_layer",
     "format_names",
     "import_adapter",
     "is_coefficients",
@@ -65,7 +66,9 @@ __all__ = [
     "recognise",
     "register_layout",
     "same_weight",
+    "shapes_of",
     "shown",
+    "some_layers",
     "weight_source",
     "write_adapter",
     "write_coefficients",

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from qrlora.errors import QrloraError
+from qrlora.formats._layers import each_layer, shapes_of
 
 Component = Literal["transformer", "unet", "text_encoder", "text_encoder_2"]
 DENOISERS: tuple[Component, ...] = ("transformer", "unet")
@@ -96,7 +97,7 @@ class Adapter:
     Attributes:
         layers: module path (`transformer_blocks.0.attn.to_q`) to factors; of a CLIP encoder always with the part
             `text_model.` (`text_model.encoder.layers.0.self_attn.q_proj`), which some versions of transformers leave
-            out.
+            out. Those of an adapter that was read lazily are read from its file each time one is asked for.
         header: provenance, or None for a LoRA of another tool.
         component: the pipeline component it belongs to.
         own: module path to further tensors by key, for forms that are more than `W + B A`; see `check_low_rank`.
@@ -115,7 +116,7 @@ class Adapter:
     def __post_init__(self) -> None:
         if not self.layers:
             raise QrloraError(f"{self.label} has no layers.")
-        for name, pair in self.layers.items():
+        for name, pair in self.shapes.items():
             check_pair(name, pair)
         for component, companion in self.companions.items():
             self._check_companion(component, companion)
@@ -128,6 +129,16 @@ class Adapter:
                 f"{self.label}: the adapter of {component} is one of {companion.component}, has companions of its own "
                 "or is more than W + B A."
             )
+
+    @property
+    def shapes(self) -> Mapping[str, LowRank]:
+        """The layers for whoever looks at shapes and ranks alone: nothing is read, and values may not be there."""
+        return shapes_of(self.layers)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank over the layers, without companions."""
+        return max(pair.rank for pair in self.shapes.values())
 
     @property
     def components(self) -> "dict[Component, Adapter]":
@@ -194,10 +205,12 @@ class Adapter:
         """
         check_weight(weight)
         trained = trained_factor(self.header)
-        layers = {
-            name: LowRank(pair.B, pair.A * weight) if trained == "A" else LowRank(pair.B * weight, pair.A)
-            for name, pair in self.layers.items()
-        }
+
+        def times_weight(_name: str, pairs: list[LowRank]) -> LowRank:
+            (pair,) = pairs
+            return LowRank(pair.B, pair.A * weight) if trained == "A" else LowRank(pair.B * weight, pair.A)
+
+        layers = each_layer([self.layers], times_weight)
         companions = {name: companion.scaled(weight) for name, companion in self.companions.items()}
         return replace(self, layers=layers, companions=companions)
 
@@ -265,5 +278,12 @@ def check_pair(name: str, pair: LowRank) -> None:
 
 
 def check_finite(key: str, tensor: Tensor) -> None:
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise QrloraError(f"{key} has values that are not finite (nan or inf); this adapter is damaged or diverged.")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is nan or infinite: one read, where `isfinite` makes copies."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor))

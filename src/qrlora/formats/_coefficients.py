@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
+import torch
 from torch import Tensor
 
 from qrlora.basis import fingerprint
@@ -12,8 +14,9 @@ from qrlora.errors import QrloraError
 from qrlora.formats._adapter import Adapter, Component, Header, SaveDtype, check_finite
 from qrlora.formats._factors import natural_key
 from qrlora.formats._header import COMPONENT_KEY, header_metadata, read_header, stored_component
+from qrlora.formats._later import Later
 from qrlora.formats._safetensors import read_safetensors, write_safetensors
-from qrlora.formats._saving import cast_to_save, checked_path
+from qrlora.formats._saving import cast_to_save, checked_path, stored_dtype
 
 KIND_KEY = "qrlora_kind"
 _KIND = "coefficients"
@@ -67,11 +70,21 @@ def write_coefficients(adapter: Adapter, path: str | Path, *, save_dtype: SaveDt
             f"{adapter.label} has no basis that can be recomputed from the base model, so it cannot be saved as "
             "coefficients only; save it whole."
         )
-    tensors: dict[str, Tensor] = {}
-    for name, pair in adapter.layers.items():
-        trained = pair.A if header.side == "output" else pair.B
-        tensors[f"{name}.coefficients"] = cast_to_save(name, trained, save_dtype)
-        tensors[f"{name}.fingerprint"] = fingerprint(basis_vectors(pair.B, pair.A, header.side)).float()
+    side = header.side
+
+    def trained(name: str) -> Tensor:
+        pair = adapter.layers[name]
+        return cast_to_save(name, pair.A if side == "output" else pair.B, save_dtype)
+
+    def known_by(name: str) -> Tensor:
+        pair = adapter.layers[name]
+        return fingerprint(basis_vectors(pair.B, pair.A, side)).float()
+
+    tensors: dict[str, Later] = {}
+    for name, pair in adapter.shapes.items():
+        shape = tuple((pair.A if side == "output" else pair.B).shape)
+        tensors[f"{name}.coefficients"] = Later(stored_dtype(save_dtype), shape, partial(trained, name))
+        tensors[f"{name}.fingerprint"] = Later(torch.float32, (pair.rank, pair.rank), partial(known_by, name))
     metadata = {"format": "pt", KIND_KEY: _KIND, COMPONENT_KEY: adapter.component, **header_metadata(adapter)}
     return write_safetensors(target, tensors, metadata)
 

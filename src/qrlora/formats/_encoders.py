@@ -2,8 +2,9 @@
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 
 from qrlora.errors import QrloraError, QrloraWarning
-from qrlora.formats._adapter import TEXT_ENCODERS, Adapter, Component, SaveDtype
+from qrlora.formats._adapter import TEXT_ENCODERS, Adapter, Component, LowRank, SaveDtype
 from qrlora.formats._factors import layers_of
 from qrlora.formats._header import read_header
-from qrlora.formats._saving import cast_to_save
+from qrlora.formats._later import Later, had
+from qrlora.formats._layers import shapes_of
+from qrlora.formats._saving import stored_pairs
 
 STEM = "text_model."
 """What the paths of a CLIP encoder's layers begin with, but for `text_projection`, and in flattened models nothing."""
@@ -92,7 +95,12 @@ def encoder_keys(keys: Mapping[str, object]) -> dict[str, EncoderKey]:
 
 
 def companions_of(
-    source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: Mapping[str, Any], *, only: bool
+    source: Path,
+    tensors: Mapping[str, Tensor | Later],
+    metadata: Mapping[str, str],
+    config: Mapping[str, Any],
+    *,
+    only: bool,
 ) -> dict[Component, Adapter]:
     """The adapters of the text encoders in a file, by component.
 
@@ -106,21 +114,21 @@ def companions_of(
     Raises:
         QrloraError: a key twice or missing, values that are not finite, a configuration that means more than a LoRA.
     """
-    found: dict[Component, dict[str, Tensor]] = {}
+    found: dict[Component, dict[str, Tensor | Later]] = {}
     for key, each in encoder_keys(tensors).items():
         factors = found.setdefault(each.component, {})
         name = f"{each.layer}.{each.part}"
         if name in factors:
             raise QrloraError(f"{source}: {key} is there twice, in two spellings.")
         # Some tools write whole alphas as integers.
-        factors[name] = tensors[key].float() if each.part == "alpha" else tensors[key]
+        factors[name] = had(tensors[key]).float() if each.part == "alpha" else tensors[key]
     adapters: dict[Component, Adapter] = {}
     for component in TEXT_ENCODERS:
         if component not in found:
             continue
         header = read_header(source, metadata, None if only and not adapters else component)
         layers, _ = layers_of(source, found[component], _config_of(config, component), header)
-        rank = max(pair.rank for pair in layers.values())
+        rank = max(pair.rank for pair in shapes_of(layers).values())
         if header is not None and header.rank != rank:
             warnings.warn(
                 f"{source} has a qrlora header of rank {header.rank} for {component}, which is not its own; it is "
@@ -133,15 +141,37 @@ def companions_of(
     return adapters
 
 
-def encoder_tensors(adapter: Adapter, save_dtype: SaveDtype) -> dict[str, Tensor]:
-    """The companions as kohya's tools write them and ComfyUI reads them too: `lora_te1_{layer}.lora_down.weight`."""
-    tensors: dict[str, Tensor] = {}
+def encoder_tensors(adapter: Adapter, save_dtype: SaveDtype, *, alone: bool = False) -> dict[str, Tensor | Later]:
+    """The companions as kohya's tools write them and ComfyUI reads them too: `lora_te1_{layer}.lora_down.weight`.
+
+    Args:
+        adapter: whose companions.
+        save_dtype: of the factors.
+        alone: of a model that has one text encoder, which has no number then.
+    """
+    tensors: dict[str, Tensor | Later] = {}
     for component, companion in adapter.companions.items():
-        for name, pair in companion.layers.items():
-            stem = _KOHYA[component] + name.replace(".", "_")
-            tensors[f"{stem}.lora_down.weight"] = cast_to_save(name, pair.A, save_dtype)
-            tensors[f"{stem}.lora_up.weight"] = cast_to_save(name, pair.B, save_dtype)
-            tensors[f"{stem}.alpha"] = torch.tensor(float(pair.rank))
+        prefix = "lora_te_" if alone else _KOHYA[component]
+        tensors |= kohya_tensors(companion.layers, partial(_kohya_stem, prefix), save_dtype)
+    return tensors
+
+
+def _kohya_stem(prefix: str, name: str) -> str:
+    return prefix + name.replace(".", "_")
+
+
+def kohya_tensors(
+    layers: Mapping[str, LowRank], stem: Callable[[str], str], save_dtype: SaveDtype
+) -> dict[str, Tensor | Later]:
+    """Pairs as `{stem}.lora_down.weight`, `.lora_up.weight` and `.alpha`, the rank."""
+
+    def keys(name: str) -> tuple[str, str]:
+        return f"{stem(name)}.lora_down.weight", f"{stem(name)}.lora_up.weight"
+
+    tensors: dict[str, Tensor | Later] = dict(stored_pairs(layers, keys, save_dtype))
+    for name, pair in shapes_of(layers).items():
+        # fp32 always: bf16 has no 513.
+        tensors[f"{stem(name)}.alpha"] = torch.tensor(float(pair.rank))
     return tensors
 
 

@@ -7,10 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from qrlora.errors import QrloraError
-from qrlora.formats._adapter import MAGNITUDE, Header, LowRank, check_finite, check_pair
+from qrlora.formats._adapter import MAGNITUDE, Header, LowRank, check_finite, check_pair, scaled_pair
+from qrlora.formats._later import Later, had
+from qrlora.formats._layers import LayersOnDemand
 
 # Initialisations after which `W + scale * B A` is what the file means; the others (pissa, olora, ...) also change the
 # base.
@@ -27,14 +30,15 @@ _MEANS_MORE = (
 
 
 def layers_of(
-    source: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], header: Header | None
-) -> tuple[dict[str, LowRank], dict[str, dict[str, Tensor]]]:
+    source: Path, tensors: Mapping[str, Tensor | Later], config: Mapping[str, Any], header: Header | None
+) -> tuple[Mapping[str, LowRank], dict[str, dict[str, Tensor]]]:
     """Pair up `{layer}.lora_A.weight` and `{layer}.lora_B.weight`, in fp32, with the scale of `config` baked in.
 
     Returns:
-        The pairs by layer, and DoRA's magnitudes by layer and key.
+        The pairs by layer (on demand where their tensors are had later), and DoRA's magnitudes by layer and key.
     """
-    factors: dict[str, dict[str, Tensor]] = {}
+    factors: dict[str, dict[str, Tensor | Later]] = {}
+    others: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, found, factor = _split(key)
         if not found:
@@ -42,29 +46,64 @@ def layers_of(
                 f"{source}: {key} is not a key of a LoRA as diffusers or peft write it "
                 "(LAYER.lora_A.weight, LAYER.lora_B.weight); convert the file first."
             )
-        if not tensor.is_floating_point():
+        if not tensor.dtype.is_floating_point:
             raise QrloraError(f"{source}: {key} has dtype {tensor.dtype}; the factors of a LoRA are floating point.")
-        check_finite(f"{source}: {key}", tensor)
-        factors.setdefault(name, {})[factor] = tensor.float()
-    own = _magnitudes_of(source, factors, config)
+        parts = factors.setdefault(name, {})
+        if factor in ("lora_A", "lora_B"):
+            parts[factor] = tensor if isinstance(tensor, Later) else _checked(f"{source}: {key}", tensor)
+        else:
+            others.setdefault(name, {})[factor] = _checked(f"{source}: {key}", had(tensor))
+    own = _magnitudes_of(source, factors, others, config)
     _check_plain(source, {**config, "use_dora": False} if own else config)
     alphas = _Alphas(config)
-    layers: dict[str, LowRank] = {}
+    shapes: dict[str, LowRank] = {}
+    scales: dict[str, float] = {}
     for name in sorted(factors, key=natural_key):
-        pair = factors[name]
+        parts, label = factors[name], f"{source}: {name}"
         for factor in ("lora_A", "lora_B"):
-            if factor not in pair:
-                raise QrloraError(f"{source}: {name}.{factor}.weight is missing while its other factor is there.")
-        whole = LowRank(pair["lora_B"], pair["lora_A"])
-        layers[name] = _with_scale(f"{source}: {name}", whole, name, pair, alphas, header)
-    return layers, own
+            if factor not in parts:
+                raise QrloraError(f"{label}.{factor}.weight is missing while its other factor is there.")
+        shapes[name] = LowRank(_blank(parts["lora_B"]), _blank(parts["lora_A"]))
+        check_pair(label, shapes[name])
+        scales[name] = _scale(label, shapes[name].rank, name, others.get(name, {}), alphas)
+
+    def made(name: str) -> LowRank:
+        label, parts = f"{source}: {name}", factors[name]
+        B, A = (
+            _checked(f"{label}.{factor}.weight", tensor.get()) if isinstance(tensor, Later) else tensor
+            for factor in ("lora_B", "lora_A")
+            for tensor in (parts[factor],)
+        )
+        return scaled_pair(LowRank(B, A), scales[name], header)
+
+    def made_anew(name: str) -> LowRank:
+        pair = made(name)
+        for tensor in (pair.B, pair.A) if scales[name] != 1 else ():
+            check_finite(f"{source}: {name}", tensor)
+        return pair
+
+    if any(isinstance(tensor, Later) for parts in factors.values() for tensor in parts.values()):
+        return LayersOnDemand(shapes, made_anew), own
+    return {name: made(name) for name in shapes}, own
+
+
+def _checked(label: str, tensor: Tensor) -> Tensor:
+    check_finite(label, tensor)
+    return tensor.float()
+
+
+def _blank(tensor: Tensor | Later) -> Tensor:
+    return torch.empty(tuple(tensor.shape), device="meta")
 
 
 def _magnitudes_of(
-    source: Path, factors: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any]
+    source: Path,
+    factors: Mapping[str, Mapping[str, Tensor | Later]],
+    others: Mapping[str, Mapping[str, Tensor]],
+    config: Mapping[str, Any],
 ) -> dict[str, dict[str, Tensor]]:
     """DoRA's tensors; there for every layer or for none."""
-    own = {name: {MAGNITUDE: parts[MAGNITUDE]} for name, parts in factors.items() if MAGNITUDE in parts}
+    own = {name: {MAGNITUDE: parts[MAGNITUDE]} for name, parts in others.items() if MAGNITUDE in parts}
     if not own and not config.get("use_dora"):
         return {}
     for name, parts in factors.items():
@@ -88,11 +127,7 @@ def _split(key: str) -> tuple[str, bool, str]:
     return match[1], True, match[2] or match[3] or match[4]
 
 
-def _with_scale(
-    label: str, pair: LowRank, name: str, found: Mapping[str, Tensor], alphas: "_Alphas", header: Header | None
-) -> LowRank:
-    check_pair(label, pair)
-    rank = pair.rank
+def _scale(label: str, rank: int, name: str, found: Mapping[str, Tensor], alphas: "_Alphas") -> float:
     try:
         alpha = float(found["alpha"]) if "alpha" in found else alphas.of(name, rank)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
@@ -100,11 +135,7 @@ def _with_scale(
     scale = alpha / math.sqrt(rank) if alphas.root else alpha / rank
     if not math.isfinite(scale):
         raise QrloraError(f"{label} has the alpha {alpha}, which is not a finite number.")
-    if scale == 1:
-        return pair
-    if header is not None and header.side == "output":
-        return LowRank(pair.B, pair.A * scale)
-    return LowRank(pair.B * scale, pair.A)
+    return scale
 
 
 class _Alphas:

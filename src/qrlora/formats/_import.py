@@ -7,6 +7,7 @@ from typing import Any
 
 from qrlora.errors import QrloraError
 from qrlora.formats._adapter import BEYOND_LORA, Adapter, check_finite
+from qrlora.formats._layers import LayersOnDemand
 from qrlora.formats._layout import AdapterFile, Evidence, Layout, ReadOptions, WeightSource, layout_named, layouts
 from qrlora.formats._peft_folder import CONFIG_NAME, WEIGHTS_NAME, read_config
 from qrlora.formats._safetensors import read_contents, shown
@@ -83,6 +84,7 @@ def import_adapter(
     lora_alpha: float | None = None,
     top_k: int | None = None,
     allow_unmatched: bool = False,
+    lazy: bool = False,
 ) -> Imported:
     """Read an adapter of any known layout, ours or another tool's; every alpha is baked into the factors.
 
@@ -94,6 +96,8 @@ def import_adapter(
         lora_alpha: for the same files, which do not say it, the alpha they were trained with; the rank where None.
         top_k: for files of Freq-MoE, which do not say it, how many experts act on a token; all where None.
         allow_unmatched: leave out keys that are not understood (T5 encoders, biases...), instead of refusing.
+        lazy: read the layers of diffusers' files (ours) and peft's from the file whenever they are asked for, and check
+            their values then; merging and writing hold one layer at a time. Other layouts are read at once.
 
     Raises:
         QrloraError: nothing there, or what is there is truncated, not finite, of an unknown layout or of absurd size,
@@ -116,7 +120,10 @@ def import_adapter(
             raise QrloraError(
                 f"{file.source}: {shown(key)} has the shape {list(shape)}, so a rank above {MAX_RANK}; this is no LoRA."
             )
-    adapter = recognised.layout.build(file, file.load(recognised.matched), options)
+    if lazy:
+        adapter = recognised.layout.build_later(file, file.later(recognised.matched), options)
+    else:
+        adapter = recognised.layout.build(file, file.load(recognised.matched), options)
     _check_built(file, adapter)
     return Imported(adapter, recognised)
 
@@ -133,7 +140,8 @@ def _check_options(file: AdapterFile, layout: Layout, options: ReadOptions) -> N
 def _check_built(file: AdapterFile, adapter: Adapter) -> None:
     """In fp32 and with its scale, what was finite in the file may be no more."""
     for part in adapter.components.values():
-        for layer, pair in part.layers.items():
+        # Layers on demand are checked each time they are read.
+        for layer, pair in () if isinstance(part.layers, LayersOnDemand) else part.layers.items():
             for tensor in (pair.A, pair.B, *part.own.get(layer, {}).values()):
                 check_finite(f"{file.source}: {layer}", tensor)
     if adapter.form in BEYOND_LORA and not adapter.own:
@@ -165,9 +173,7 @@ def open_adapter(path: str | Path) -> AdapterFile:
     contents = read_contents(tensors_at)
     if not contents.entries:
         raise QrloraError(f"{source} holds no tensors.")
-    return AdapterFile(
-        source if config is not None else tensors_at, tensors_at, contents.entries, contents.metadata, config
-    )
+    return AdapterFile(source if config is not None else tensors_at, tensors_at, contents, config)
 
 
 def _in_folder(folder: Path) -> tuple[Path, Mapping[str, Any] | None]:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from qrlora.errors import QrloraError
 from qrlora.formats._adapter import Adapter, SaveDtype
-from qrlora.formats._safetensors import TensorEntry, read_tensors
-from qrlora.formats.keys import Family
+from qrlora.formats._later import Later
+from qrlora.formats._safetensors import Contents, TensorEntry, read_tensors
+from qrlora.formats._tensors_later import tensors_later
 
 WeightSource = Callable[[str], Tensor]
 """The dense base weight `[out, in]` or `[out, in, kh, kw]` of a layer, by its module path in the denoiser."""
@@ -24,20 +25,32 @@ class AdapterFile:
     Attributes:
         source: what messages call it: the file, or the folder it is in where that was given.
         tensors_at: the file with the tensors.
-        entries: what the header says of each tensor, by key.
-        metadata: the header's texts.
+        contents: its header, checked.
         config: of a peft folder, its `adapter_config.json`.
     """
 
     source: Path
     tensors_at: Path
-    entries: Mapping[str, TensorEntry]
-    metadata: Mapping[str, str]
+    contents: Contents
     config: Mapping[str, Any] | None = None
+
+    @property
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """What the header says of each tensor, by key."""
+        return self.contents.entries
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The header's texts."""
+        return self.contents.metadata
 
     def load(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """These tensors, on the CPU, as they are stored."""
         return read_tensors(self.tensors_at, keys)
+
+    def later(self, keys: Iterable[str]) -> dict[str, Later]:
+        """These tensors, each read from the file whenever it is asked for."""
+        return tensors_later(self.tensors_at, self.contents, keys)
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,7 @@ class WriteOptions:
     """How an adapter is written; see `write_adapter`."""
 
     save_dtype: SaveDtype = "fp32"
-    family: Family | None = None
+    family: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +110,10 @@ class Layout(ABC):
         Raises:
             QrloraError: tensors that do not fit together or are not finite, naming the key.
         """
+
+    def build_later(self, file: AdapterFile, tensors: Mapping[str, Later], options: ReadOptions) -> Adapter:
+        """The same with layers that are read when they are asked for; all at once in layouts that must see them all."""
+        return self.build(file, {key: tensor.get() for key, tensor in tensors.items()}, options)
 
 
 class WritableLayout(Layout):

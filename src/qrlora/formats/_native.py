@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from qrlora.formats._adapter import (
 from qrlora.formats._encoders import STEM, companions_of, encoder_key, together
 from qrlora.formats._factors import layers_of
 from qrlora.formats._header import header_metadata, json_object, read_header
+from qrlora.formats._later import Later
 from qrlora.formats._safetensors import read_safetensors, write_safetensors
-from qrlora.formats._saving import cast_to_save, checked_path
+from qrlora.formats._saving import cast_to_save, checked_path, stored_pairs
 
 LORA_KEY = "lora_adapter_metadata"
 
@@ -43,17 +45,19 @@ def write_native(adapter: Adapter, path: str | Path, *, save_dtype: SaveDtype = 
     if adapter.form != DORA:
         adapter.check_low_rank("written for other tools")
     target = checked_path(path)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | Later] = {}
     config: dict[str, Any] = {}
     for component, part in adapter.components.items():
-        for name, pair in part.layers.items():
-            for factor, tensor in (("lora_A", pair.A), ("lora_B", pair.B)):
-                tensors[f"{component}.{name}.{factor}.weight"] = cast_to_save(name, tensor, save_dtype)
+        tensors |= stored_pairs(part.layers, partial(_keys, f"{component}."), save_dtype)
         for key, tensor in magnitudes(part, save_dtype).items():
             tensors[f"{component}.{key}"] = tensor
         config |= {f"{component}.{key}": value for key, value in lora_config(part).items()}
     metadata = {"format": "pt", LORA_KEY: json.dumps(config, indent=2, sort_keys=True)}
     return write_safetensors(target, tensors, metadata | header_metadata(adapter))
+
+
+def _keys(prefix: str, name: str) -> tuple[str, str]:
+    return f"{prefix}{name}.lora_A.weight", f"{prefix}{name}.lora_B.weight"
 
 
 def read_native(path: str | Path) -> Adapter:
@@ -66,7 +70,7 @@ def read_native(path: str | Path) -> Adapter:
     return adapter_from(source, *read_safetensors(source))
 
 
-def adapter_from(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapter:
+def adapter_from(source: Path, tensors: Mapping[str, Tensor | Later], metadata: Mapping[str, str]) -> Adapter:
     """The adapter that a diffusers file's tensors and metadata are; see `read_native`."""
     config: dict[str, Any] = {}
     if LORA_KEY in metadata:
@@ -78,7 +82,7 @@ def adapter_from(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
 
 
 def _denoiser_from(
-    source: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], header: Header | None
+    source: Path, tensors: Mapping[str, Tensor | Later], config: Mapping[str, Any], header: Header | None
 ) -> Adapter:
     component = component_in(source, tensors)
     stripped = {key.removeprefix(f"{component}."): tensor for key, tensor in tensors.items()}
@@ -100,7 +104,7 @@ def lora_config(adapter: Adapter) -> dict[str, Any]:
     The layers of text encoders are named by the ends of their paths, which all versions of transformers agree on.
     """
     encoder = adapter.component in TEXT_ENCODERS
-    ranks = {name.removeprefix(STEM) if encoder else name: pair.rank for name, pair in adapter.layers.items()}
+    ranks = {name.removeprefix(STEM) if encoder else name: pair.rank for name, pair in adapter.shapes.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     start = "" if encoder else "^"
     pattern = {f"{start}{re.escape(name)}": other for name, other in ranks.items() if other != rank}

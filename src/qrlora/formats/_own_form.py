@@ -13,11 +13,12 @@ from qrlora.errors import QrloraError
 from qrlora.formats._adapter import Adapter, LowRank, SaveDtype, check_finite
 from qrlora.formats._factors import natural_key
 from qrlora.formats._header import header_metadata, read_header
+from qrlora.formats._later import Later
 from qrlora.formats._native import (
     component_in,
 )
 from qrlora.formats._safetensors import write_safetensors
-from qrlora.formats._saving import cast_to_save, checked_path
+from qrlora.formats._saving import cast_to_save, checked_path, stored_pairs
 
 
 def write_own_form(adapter: Adapter, path: str | Path, *, save_dtype: SaveDtype = "fp32") -> Path:
@@ -33,9 +34,12 @@ def write_own_form(adapter: Adapter, path: str | Path, *, save_dtype: SaveDtype 
     )
     if adapter.form is None:
         raise QrloraError(f"{adapter.label} has tensors beyond a low-rank pair, but its header names no form.")
-    tensors: dict[str, Tensor] = {}
-    for name, pair in adapter.layers.items():
-        for key, tensor in {"B": pair.B, "A": pair.A, **adapter.own.get(name, {})}.items():
+    stem = f"{adapter.component}.{{}}.{adapter.form}.".format
+    tensors: dict[str, Tensor | Later] = dict(
+        stored_pairs(adapter.layers, lambda name: (f"{stem(name)}A", f"{stem(name)}B"), save_dtype)
+    )
+    for name, own in adapter.own.items():
+        for key, tensor in own.items():
             tensors[f"{adapter.component}.{name}.{adapter.form}.{key}"] = cast_to_save(name, tensor, save_dtype)
     return write_safetensors(target, tensors, {"format": "pt", **header_metadata(adapter)})
 

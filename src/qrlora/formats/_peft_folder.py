@@ -12,12 +12,13 @@ from qrlora.formats._adapter import DORA, Adapter, Component, SaveDtype
 from qrlora.formats._atomic import atomic_write
 from qrlora.formats._factors import layers_of
 from qrlora.formats._header import COMPONENT_KEY, header_metadata, json_object, read_header, stored_component
+from qrlora.formats._later import Later
 from qrlora.formats._native import (
     lora_config,
     magnitudes,
 )
 from qrlora.formats._safetensors import read_safetensors, write_safetensors
-from qrlora.formats._saving import cast_to_save
+from qrlora.formats._saving import stored_pairs
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -37,16 +38,18 @@ def write_peft_folder(adapter: Adapter, folder: str | Path, *, save_dtype: SaveD
     adapter.check_alone("written as a peft folder", "a peft folder has one model: write it for diffusers")
     if adapter.form != DORA:
         adapter.check_low_rank("written for peft")
-    tensors = {f"{PREFIX}{key}": tensor for key, tensor in magnitudes(adapter, save_dtype).items()}
-    for name, pair in adapter.layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = cast_to_save(name, pair.A, save_dtype)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = cast_to_save(name, pair.B, save_dtype)
+    tensors: dict[str, Tensor | Later] = dict(stored_pairs(adapter.layers, _keys, save_dtype))
+    tensors |= {f"{PREFIX}{key}": tensor for key, tensor in magnitudes(adapter, save_dtype).items()}
     base = adapter.header.base_model if adapter.header else None
     config = {"peft_type": "LORA", "task_type": None, "inference_mode": True, "base_model_name_or_path": base}
     metadata = {"format": "pt", COMPONENT_KEY: adapter.component, **header_metadata(adapter)}
     write_safetensors(target / WEIGHTS_NAME, tensors, metadata)
     atomic_write(target / CONFIG_NAME, json.dumps(config | lora_config(adapter), indent=2, sort_keys=True) + "\n")
     return target
+
+
+def _keys(name: str) -> tuple[str, str]:
+    return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
 
 
 def read_peft_folder(folder: str | Path) -> Adapter:
@@ -61,7 +64,7 @@ def read_peft_folder(folder: str | Path) -> Adapter:
 
 
 def adapter_from_folder(
-    source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: Mapping[str, Any]
+    source: Path, tensors: Mapping[str, Tensor | Later], metadata: Mapping[str, str], config: Mapping[str, Any]
 ) -> Adapter:
     """The adapter that a peft folder's tensors, metadata and configuration are; see `read_peft_folder`."""
     if config.get("peft_type") != "LORA":

@@ -18,6 +18,7 @@ def read_adapter(
     lora_alpha: float | None = None,
     top_k: int | None = None,
     allow_unmatched: bool = False,
+    lazy: bool = False,
 ) -> Adapter:
     """Read an adapter of any known layout: ours, diffusers', peft's, kohya's, ComfyUI's, the published code's.
 
@@ -36,6 +37,7 @@ def read_adapter(
         lora_alpha=lora_alpha,
         top_k=top_k,
         allow_unmatched=allow_unmatched,
+        lazy=lazy,
     )
     if imported.recognised.unmatched:
         left_out = len(imported.recognised.unmatched)

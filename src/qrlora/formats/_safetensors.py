@@ -8,9 +8,12 @@ files.
 
 import json
 import math
+import os
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from qrlora.errors import QrloraError
 from qrlora.formats._atomic import atomic_write
+from qrlora.formats._later import Later, had
 
 _DTYPES = {
     torch.float64: "F64",
@@ -33,6 +37,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 _MAX_HEADER = 16 * 1024 * 1024
 _MAX_ELEMENTS = 2**32
@@ -54,9 +59,12 @@ _SIGNATURES = {
 
 
 def write_safetensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: str | Path, tensors: Mapping[str, Tensor | Later], metadata: Mapping[str, str] | None = None
 ) -> Path:
     """Write `tensors` and string `metadata` atomically; equal content gives equal bytes.
+
+    The header needs dtypes and shapes alone, so tensors that are had later are, one at a time, in the order of their
+    keys; whatever one of them raises, nothing is written.
 
     Raises:
         QrloraError: the file cannot be written, or a tensor is of a type safetensors files of ours do not hold.
@@ -69,23 +77,42 @@ def write_safetensors(
         tensor = tensors[key]
         if tensor.dtype not in _DTYPES:
             raise QrloraError(f"{key} has dtype {tensor.dtype}, which cannot be stored; convert it to float32 first.")
-        end = offset + tensor.numel() * tensor.element_size()
+        end = offset + tensor.nbytes
         header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
 
-    def chunks() -> Iterator[bytes]:
+    def chunks() -> Iterator[bytes | memoryview]:
         yield struct.pack("<Q", len(encoded)) + encoded
-        for key in sorted(tensors):
-            yield _bytes_of(tensors[key])
+        with closing(_one_ahead(tensors, sorted(tensors))) as values:
+            yield from values
 
     return atomic_write(path, chunks())
 
 
-def _bytes_of(tensor: Tensor) -> bytes:
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+def _one_ahead(tensors: Mapping[str, Tensor | Later], keys: Sequence[str]) -> Generator[bytes | memoryview, None, None]:
+    """The tensors' bytes; while one is being written, the next is made, on one thread."""
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            coming: Future[bytes | memoryview] | None = None
+            for index, key in enumerate(keys):
+                here = coming or pool.submit(_bytes_of, key, tensors[key])
+                chunk = here.result()
+                following = keys[index + 1] if index + 1 < len(keys) else None
+                coming = None if following is None else pool.submit(_bytes_of, following, tensors[following])
+                yield chunk
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _bytes_of(key: str, tensor: Tensor | Later) -> bytes | memoryview:
+    values = had(tensor)
+    if values.dtype != tensor.dtype or tuple(values.shape) != tuple(tensor.shape):
+        raise RuntimeError(f"{key} is {values.dtype} {values.shape}, but the header has {tensor.dtype} {tensor.shape}")
+    flat = values.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
 @dataclass(frozen=True)
@@ -94,6 +121,8 @@ class TensorEntry:
 
     dtype: str
     shape: tuple[int, ...]
+    begin: int
+    """Of its bytes, after the header."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +131,10 @@ class Contents:
 
     entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
+    start: int
+    """Of the tensors' bytes in the file."""
+    identity: tuple[int, ...]
+    """Of the file that was checked, so that another one in its place is not read by its header."""
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -148,7 +181,7 @@ def read_contents(path: str | Path) -> Contents:
         raise QrloraError(f"{source} does not exist or is not a file.")
     if source.suffix.lower() in _PICKLES:
         raise QrloraError(f"{source} is {_PICKLE}.")
-    text, available = _header_text(source)
+    text, available, identity = _header_text(source)
     header = _parsed(source, text)
     metadata: Any = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
@@ -161,7 +194,8 @@ def read_contents(path: str | Path) -> Contents:
         entries[key], span = _checked_entry(source, key, entry, available)
         spans.append((*span, key))
     _check_apart(source, spans)
-    return Contents(entries, {str(key): str(value) for key, value in cast(dict[str, Any], metadata).items()})
+    texts = {str(key): str(value) for key, value in cast(dict[str, Any], metadata).items()}
+    return Contents(entries, texts, 8 + len(text), identity)
 
 
 def shown(key: str) -> str:
@@ -170,11 +204,18 @@ def shown(key: str) -> str:
     return text if len(text) <= 160 else f"{text[:120]}... ({len(text)} characters)"
 
 
-def _header_text(source: Path) -> tuple[bytes, int]:
-    """The header's bytes, and how many bytes of tensors follow it."""
+def identity_of(descriptor: int) -> tuple[int, ...]:
+    """Which file is open, and in which state."""
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _header_text(source: Path) -> tuple[bytes, int, tuple[int, ...]]:
+    """The header's bytes, how many bytes of tensors follow it, and which file it is."""
     try:
-        size = source.stat().st_size
         with source.open("rb") as stream:
+            identity = identity_of(stream.fileno())
+            size = os.fstat(stream.fileno()).st_size
             start = stream.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             for signature, what in _SIGNATURES.items():
@@ -186,7 +227,7 @@ def _header_text(source: Path) -> tuple[bytes, int]:
                 raise QrloraError(
                     f"{source} claims a header of {length} bytes, more than any adapter has; it is damaged."
                 )
-            return stream.read(length), size - 8 - length
+            return stream.read(length), size - 8 - length, identity
     except OSError as error:
         raise QrloraError(f"{source} cannot be read: {error.strerror or error}.") from error
 
@@ -234,7 +275,7 @@ def _checked_entry(source: Path, key: str, entry: Any, available: int) -> tuple[
             f"{source}: {name} holds {end - begin} bytes from {begin} on, which does not fit its shape {shape} in "
             f"{dtype}."
         )
-    return TensorEntry(dtype, tuple(shape)), (begin, end)
+    return TensorEntry(dtype, tuple(shape), begin), (begin, end)
 
 
 def _whole(value: Any) -> int:

@@ -5,7 +5,6 @@ from pathlib import Path
 from qrlora.errors import QrloraError
 from qrlora.formats._adapter import Adapter, SaveDtype
 from qrlora.formats._layout import WritableLayout, WriteOptions, format_names, layout_named
-from qrlora.formats.keys import Family
 
 
 def write_adapter(
@@ -14,7 +13,7 @@ def write_adapter(
     format: str = "diffusers",
     *,
     save_dtype: SaveDtype = "fp32",
-    family: Family | None = None,
+    family: str | None = None,
 ) -> Path:
     """Write an adapter for another tool; exact, but for `save_dtype`.
 
@@ -23,7 +22,7 @@ def write_adapter(
         path: the file, ending in .safetensors; for peft, the folder.
         format: "diffusers", "peft", "kohya", "comfy"; or "own" for gated adapters, which no other tool knows.
         save_dtype: "fp32" or "bf16".
-        family: for kohya and comfy, whose names depend on the model: "flux", "sd3" or "sdxl"; by the layers where None.
+        family: for kohya and comfy, whose names depend on the model: "flux", "sd3"...; by the layers where None.
 
     Returns:
         `path`.

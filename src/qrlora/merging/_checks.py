@@ -1,6 +1,7 @@
 """What must hold before adapters can become one: same component, same layers, same base."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from qrlora.basis import Side
 from qrlora.errors import QrloraError
-from qrlora.formats import TEXT_ENCODERS, Adapter, Component, basis_vectors, same_weight
+from qrlora.formats import TEXT_ENCODERS, Adapter, Component, LowRank, basis_vectors, same_weight
 
 
 def name_of(adapters: Sequence[Adapter], index: int) -> str:
@@ -27,28 +28,21 @@ def companions_of(adapters: Sequence[Adapter], component: Component) -> dict[int
 def check_compatible(adapters: Sequence[Adapter], *, equal_layers: bool = True) -> None:
     """Refuse adapters that are no LoRA, or of different components, layers, shapes or base models, naming the first.
 
-    Without `equal_layers`, only the layers that two of them share are compared, as always between companions.
+    No values are looked at; `surveyed` does that. Without `equal_layers`, only the layers that two of them share are
+    compared, as always between companions.
 
     Raises:
-        QrloraError: as said; also when a value is not finite.
+        QrloraError: as said.
     """
     for index, adapter in enumerate(adapters):
         adapter.check_low_rank("merged")
-        _check_finite(name_of(adapters, index), adapter)
-        if index:
-            for earlier in range(index):
-                _check_same_layers(adapters, earlier, index, equal_layers)
-                _check_same_base(adapters, earlier, index)
+        for earlier in range(index):
+            _check_same_layers(adapters, earlier, index, equal_layers)
+            _check_same_base(adapters, earlier, index)
     for component in TEXT_ENCODERS:
         theirs = companions_of(adapters, component)
         if theirs:
             check_compatible(list(theirs.values()), equal_layers=False)
-
-
-def _check_finite(label: str, adapter: Adapter) -> None:
-    for layer, pair in adapter.layers.items():
-        if not (bool(torch.isfinite(pair.A).all()) and bool(torch.isfinite(pair.B).all())):
-            raise QrloraError(f"{label}: {layer} has values that are not finite (nan or inf); it cannot be merged.")
 
 
 def _check_same_layers(adapters: Sequence[Adapter], earlier: int, index: int, equal_layers: bool) -> None:
@@ -64,11 +58,11 @@ def _check_same_layers(adapters: Sequence[Adapter], earlier: int, index: int, eq
             f"{label} {verbs[0]} {layer}, which {first_label} {verbs[1]}; only equal layers merge, unless blocks say "
             "which part of each is meant (blocks='all' for the whole)."
         )
-    for layer, pair in other.layers.items():
-        if layer in first.layers and pair.shape != first.layers[layer].shape:
+    for layer, pair in other.shapes.items():
+        if layer in first.shapes and pair.shape != first.shapes[layer].shape:
             raise QrloraError(
                 f"{layer} adapts a weight of shape {list(pair.shape)} in {label} but "
-                f"{list(first.layers[layer].shape)} in "
+                f"{list(first.shapes[layer].shape)} in "
                 f"{first_label}; they belong to different base models."
             )
 
@@ -93,27 +87,70 @@ def _check_same_base(adapters: Sequence[Adapter], earlier: int, index: int) -> N
         )
 
 
-def basis_difference(adapters: Sequence[Adapter], tolerance: float) -> str | None:
-    """Why the adapters do not share one stored basis; None when they do, to `tolerance` relative in every layer."""
+def basis_difference(
+    adapters: Sequence[Adapter], tolerance: float, known: Mapping[str, Sequence[float]] | None = None
+) -> str | None:
+    """Why the adapters do not share one stored basis; None when they do, to `tolerance` relative in every layer.
+
+    Args:
+        adapters: of equal layers.
+        tolerance: relative to the first one's basis.
+        known: `basis_differences` by layer, where they were worked out already.
+    """
+    side, reason = common_side(adapters)
+    if side is None:
+        return reason
+    for layer in adapters[0].layers:
+        reason = layer_difference(
+            adapters,
+            layer,
+            known[layer]
+            if known is not None
+            else basis_differences([adapter.layers[layer] for adapter in adapters], side),
+            tolerance,
+        )
+        if reason is not None:
+            return reason
+    return None
+
+
+def common_side(adapters: Sequence[Adapter]) -> tuple[Side | None, str]:
+    """The side of all adapters' bases, by their headers; None, and why, where they have no side in common."""
     sides: list[Side] = []
     for index, adapter in enumerate(adapters):
         side = adapter.header.side if adapter.header is not None else None
         if side is None:
-            return f"{name_of(adapters, index)} has no basis of its own (a plain LoRA or a concatenated merge)"
+            return None, f"{name_of(adapters, index)} has no basis of its own (a plain LoRA or a concatenated merge)"
         sides.append(side)
         if side != sides[0]:
-            return f"the bases of {name_of(adapters, 0)} and {name_of(adapters, index)} are on different sides"
-    for layer in adapters[0].layers:
-        stored = [basis_vectors(adapter.layers[layer].B, adapter.layers[layer].A, sides[0]) for adapter in adapters]
-        for index, vectors in enumerate(stored[1:], start=1):
-            pair = f"{name_of(adapters, 0)} and {name_of(adapters, index)}"
-            if vectors.shape != stored[0].shape:
-                return f"the ranks of {layer} differ between {pair} ({stored[0].shape[1]} and {vectors.shape[1]})"
-            if not _relative_difference(stored[0], vectors) <= tolerance:
-                return f"the bases of {layer} differ between {pair}"
+            return None, f"the bases of {name_of(adapters, 0)} and {name_of(adapters, index)} are on different sides"
+    return sides[0], ""
+
+
+def basis_differences(pairs: Sequence[LowRank], side: Side) -> list[float]:
+    """How far each basis of a layer is from the first one's, relative to it; nan where the ranks differ."""
+    stored = [basis_vectors(pair.B, pair.A, side) for pair in pairs]
+    return [_relative_difference(stored[0], vectors) for vectors in stored[1:]]
+
+
+def layer_difference(
+    adapters: Sequence[Adapter], layer: str, differences: Sequence[float], tolerance: float
+) -> str | None:
+    """Why the bases of one layer are not the same; None where they are."""
+    for index, difference in enumerate(differences, start=1):
+        pair = f"{name_of(adapters, 0)} and {name_of(adapters, index)}"
+        ranks = [adapters[which].shapes[layer].rank for which in (0, index)]
+        if ranks[0] != ranks[1]:
+            return f"the ranks of {layer} differ between {pair} ({ranks[0]} and {ranks[1]})"
+        if not difference <= tolerance:
+            return f"the bases of {layer} differ between {pair}"
     return None
 
 
 def _relative_difference(reference: Tensor, other: Tensor) -> float:
+    if reference.shape != other.shape:
+        return math.nan
+    if torch.equal(reference, other):
+        return 0.0
     reference, other = reference.double(), other.double()
     return float((other - reference).square().sum().sqrt() / reference.square().sum().sqrt())

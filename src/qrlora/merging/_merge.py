@@ -9,9 +9,10 @@ from qrlora.adapter import Blocks
 from qrlora.errors import QrloraError, QrloraWarning
 from qrlora.formats import TEXT_ENCODERS, Adapter, Component, check_weight
 from qrlora.merging._checks import basis_difference, check_compatible, companions_of
-from qrlora.merging._norms import equal_norm_scales, update_norm, warn_of_unequal_norms
+from qrlora.merging._norms import equal_norm_scales, warn_of_unequal_norms
 from qrlora.merging._parts import merge_by_layers, restricted
 from qrlora.merging._registry import for_text_encoders, run
+from qrlora.merging._survey import Survey, surveyed
 
 BASIS_TOLERANCE = 1e-5
 
@@ -29,6 +30,11 @@ def merge(
 
     Adapters of unequal norms are told of in a `QrloraWarning` where the largest norm times weight is more than
     `NORM_RATIO_LIMIT` times the smallest (a weight of 0 leaves an adapter out of that).
+
+    Adapters that were read lazily are looked at once, layer by layer. `sum` and `concat` of them have layers that are
+    computed when they are asked for, so saving the merge holds one layer at a time and equals, bit for bit, the merge
+    of loaded adapters. The other methods read a layer at a time too, but hold their result; knots holds all updates in
+    its common frames, and orthogonal reads three times.
 
     Companions (adapters of text encoders) are merged like the denoiser's, each component by itself. A companion, or a
     layer of one, that an adapter does not have is zero there.
@@ -68,7 +74,8 @@ def merge(
             raise QrloraError(f'{len(adapters)} adapters but {len(blocks)} blocks; give one an adapter ("all": whole).')
         adapters = [restricted(adapter, part) for adapter, part in zip(adapters, blocks, strict=True)]
     check_compatible(adapters, equal_layers=blocks is None)
-    norms = [update_norm(adapter) for adapter in adapters]
+    survey = surveyed(adapters)
+    norms = survey.norms
     notes: list[dict[str, Any]] = [{"norm": norm} for norm in norms]
     parts = list(adapters)
     if normalize:
@@ -79,11 +86,11 @@ def merge(
         warn_of_unequal_norms(adapters, used, norms)
 
     def merge_group(some: Sequence[Adapter], theirs: Sequence[float]) -> Adapter:
-        return run(_choose(some) if method == "auto" else method, some, theirs, options)
+        return run(_choose(some, survey) if method == "auto" else method, some, theirs, options)
 
     def merge_companions(some: Sequence[Adapter], theirs: Sequence[float]) -> Adapter:
         chosen = for_text_encoders(method)
-        return run(_choose(some), some, theirs, {}) if chosen == "auto" else run(chosen, some, theirs, options)
+        return run(_choose(some, survey), some, theirs, {}) if chosen == "auto" else run(chosen, some, theirs, options)
 
     merged = merge_by_layers([part.alone() for part in parts], used, merge_group)
     companions: dict[Component, Adapter] = {}
@@ -107,12 +114,12 @@ def _with_notes(merged: Adapter, notes: Sequence[dict[str, Any]]) -> Adapter:
     return replace(merged, header=merged.header.model_copy(update={"merged_from": story}))
 
 
-def _choose(adapters: Sequence[Adapter]) -> str:
-    difference = basis_difference(adapters, BASIS_TOLERANCE)
+def _choose(adapters: Sequence[Adapter], survey: Survey) -> str:
+    difference = basis_difference(adapters, BASIS_TOLERANCE, survey.bases[adapters[0].component])
     if difference is None:
         return "sum"
     if len(adapters) > 1:
-        ranks = [max(pair.rank for pair in adapter.layers.values()) for adapter in adapters]
+        ranks = [adapter.rank for adapter in adapters]
         warnings.warn(
             f"{difference}, so the adapters are concatenated: exact, at rank {' + '.join(map(str, ranks))} = "
             f"{sum(ranks)}.",

@@ -85,7 +85,7 @@ def joined(adapters: Sequence[Adapter], weights: Sequence[float]) -> Joined:
         pairs = [adapter.layers[name] for adapter in adapters]
         B[name] = pair.B if shared else torch.cat([each.B for each in pairs], dim=1)
         rows[name] = tuple(weight * each.A.flatten(1).double() for each, weight in zip(pairs, weights, strict=True))
-    return Joined(B, rows, shared, {name: tuple(pair.A.shape[1:]) for name, pair in adapters[0].layers.items()})
+    return Joined(B, rows, shared, {name: tuple(pair.A.shape[1:]) for name, pair in adapters[0].shapes.items()})
 
 
 def overlap(mergers: Tensor, widths: Sequence[int], kind: Overlap) -> Tensor:

@@ -5,9 +5,10 @@ import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 from qrlora.errors import QrloraError, QrloraWarning
-from qrlora.formats import Adapter
+from qrlora.formats import Adapter, LowRank
 from qrlora.merging._checks import name_of
 
 NORM_RATIO_LIMIT = 3.0
@@ -30,12 +31,24 @@ def update_norm(adapter: Adapter, layers: Iterable[str] | None = None) -> float:
     """
     total = 0.0
     for layer in adapter.layers if layers is None else layers:
-        pair = adapter.layers[layer]
-        B, A = pair.B.flatten(1).double(), pair.A.flatten(1).double()
-        total += float(torch.sum((B.T @ B) * (A @ A.T)))
+        total += squared_norm(adapter.layers[layer])
     if layers is None:
         total += sum(update_norm(companion) ** 2 for companion in adapter.companions.values())
     return math.sqrt(max(0.0, total))
+
+
+def squared_norm(pair: LowRank) -> float:
+    """`||B A||_F^2` in float64, not finite where a value is not."""
+    return float(torch.sum(_gram(pair.B.flatten(1)) * _gram(pair.A.flatten(1).T)))
+
+
+def _gram(columns: Tensor) -> Tensor:
+    """`X^T X` of `X [d, r]` in float64; copies of a few rows stay in the cache, and need no fresh memory."""
+    total = torch.zeros(columns.shape[1], columns.shape[1], dtype=torch.float64)
+    for start in range(0, len(columns), 512):
+        wide = columns[start : start + 512].double()
+        total.addmm_(wide.T, wide)
+    return total
 
 
 def norm_ratio(sizes: Iterable[float]) -> float | None:

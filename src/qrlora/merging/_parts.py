@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from qrlora.adapter import Blocks, layers_in
-from qrlora.formats import Adapter, LowRank
+from qrlora.formats import Adapter, LowRank, all_layers, shapes_of, some_layers
 from qrlora.merging._header import merged_header
 
 WHOLE = "all"
@@ -36,22 +36,22 @@ def merge_by_layers(adapters: Sequence[Adapter], weights: Sequence[float], merge
         groups.setdefault(owners, []).append(layer)
     if len(groups) == 1:
         return merge_group(adapters, weights)
-    layers: dict[str, LowRank] = {}
+    parts: list[Mapping[str, LowRank]] = []
     methods: list[str] = []
     for owners, names in groups.items():
         merged = merge_group([_on(adapters[index], names) for index in owners], [weights[index] for index in owners])
-        layers |= merged.layers
+        parts.append(merged.layers)
         if len(owners) > 1 and merged.header is not None and merged.header.method is not None:
             methods.append(merged.header.method)
-    rank = max(pair.rank for pair in layers.values())
+    rank = max(pair.rank for part in parts for pair in shapes_of(part).values())
     # No two adapters met where the parts are disjoint: side by side is what happened.
     method = methods[0] if len(set(methods)) == 1 else "concat"
     header = merged_header(adapters, weights, method, rank=rank, keep_basis=False)
-    return Adapter(layers, header, adapters[0].component)
+    return Adapter(all_layers(parts), header, adapters[0].component)
 
 
 def _on(adapter: Adapter, names: Sequence[str]) -> Adapter:
-    layers: Mapping[str, LowRank] = {name: adapter.layers[name] for name in names}
+    layers = some_layers(adapter.layers, names)
     header = adapter.header
     if header is not None:
         hashes = {name: value for name, value in header.weight_hashes.items() if name in layers}

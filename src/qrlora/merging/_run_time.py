@@ -79,10 +79,11 @@ def adapters_by_rule(
         QrloraError: what `adapters_by_choice` raises.
     """
     names = list(weights)
+    ends = given(torch.tensor([0.0, 1000.0], dtype=torch.float64))
+    clean, whole = float(ends[0]), float(ends[1])  # of some denoisers 1 and 0
 
     def choose(timestep: Tensor) -> Callable[[str], Collection[str]]:
-        whole = float(given(torch.tensor(1000.0, dtype=torch.float64)))
-        progress = min(max(1 - float(timestep) / whole, 0.0), 1.0)
+        progress = min(max((whole - float(timestep)) / (whole - clean), 0.0), 1.0)
         return lambda layer: [names[index] for index in rule.acting(layer, progress)]
 
     with adapters_by_choice(denoiser, weights, choose):

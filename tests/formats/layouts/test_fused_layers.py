@@ -8,13 +8,13 @@ from torch import Tensor
 
 from qrlora.errors import QrloraError
 from qrlora.formats import LowRank
-from qrlora.formats.keys import FLUX, SD3, Target
+from qrlora.formats.keys import Target, table_of
 from qrlora.formats.layouts._fused import fuse, split
 from tests.real_layers import dense64
 
 
 def target(name: str) -> Target:
-    found = FLUX.by_name(name) or SD3.by_name(name)
+    found = table_of("flux").by_name(name) or table_of("sd3").by_name(name)
     assert found is not None
     return found
 

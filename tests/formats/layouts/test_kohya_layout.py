@@ -1,11 +1,12 @@
 """kohya's files: written, read back, and read by diffusers' own loaders."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusionXLPipeline
+from diffusers import Flux2Pipeline, FluxPipeline, QwenImagePipeline, StableDiffusionXLPipeline, ZImagePipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -17,19 +18,19 @@ from qrlora.adapter import attach_adapter
 from qrlora.errors import QrloraError, QrloraWarning
 from qrlora.formats import Adapter, LowRank, import_adapter, read_adapter, write_adapter
 from tests.adapters_of_data import orthonormal
-from tests.real_layers import assert_same_updates, dense64, random_pair, real_adapter, save, tiny_sdxl
+from tests.real_layers import MODELS, assert_same_updates, dense64, random_pair, real_adapter, save, tiny_sdxl
 from tests.tiny_models import flux_inputs, inputs, output, tiny, tiny_flux
 
 PUBLISHED = ("attn.to_q", "attn.to_k", "attn.to_v", "to_out.0", "add_q_proj", "ff.net.0.proj", "ff.net.2", "to_add_out")
 
 
 @settings(max_examples=12, deadline=None)
-@given(kind=st.sampled_from(["flux", "sd3", "sdxl"]), rank=st.integers(1, 5), seed=st.integers(0, 99))
+@given(kind=st.sampled_from(sorted(MODELS)), rank=st.integers(1, 5), seed=st.integers(0, 99))
 @pytest.mark.parametrize("format", ["kohya", "comfy"])
 def test_every_layer_there_and_back(
     tmp_path_factory: pytest.TempPathFactory, format: str, kind: str, rank: int, seed: int
 ) -> None:
-    ends = PUBLISHED if seed % 2 else ()
+    ends = PUBLISHED if seed % 2 and kind in ("flux", "sd3", "sdxl") else ()
     adapter = real_adapter(kind, *ends, rank=rank, seed=seed)
     path = tmp_path_factory.mktemp("files") / "a.safetensors"
     imported = import_adapter(write_adapter(adapter, path, format))
@@ -149,14 +150,67 @@ def test_diffusers_loads_sdxl_into_a_model(tmp_path: Path) -> None:
     assert float((run(ours) - base).norm() / base.norm()) > 1e-2
 
 
+# What each family adapts, and diffusers' own loader of the files that kohya's tools write for it.
+LOADERS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "flux2": (Flux2Pipeline, ("attn.to_q", "to_add_out", "ff.linear_in", "ff_context.linear_out", "to_qkv_mlp_proj")),
+    "qwen-image": (QwenImagePipeline, ("attn.to_q", "attn.add_k_proj", "to_out.0", "img_mlp.net.2")),
+    "z-image": (ZImagePipeline, ("attention.to_q", "attention.to_k", "attention.to_out.0", "feed_forward.w2")),
+}
+
+
+# diffusers takes any `lora_down` of FLUX.2 for kohya's, and layers that ComfyUI fuses with kohya's prefix alone.
+@pytest.mark.parametrize(
+    ("kind", "format"),
+    [("flux2", "kohya"), ("qwen-image", "kohya"), ("qwen-image", "comfy"), ("z-image", "kohya")],
+)
+def test_diffusers_reads_the_newer_families(tmp_path: Path, kind: str, format: str) -> None:
+    pipeline, ends = LOADERS[kind]
+    adapter = real_adapter(kind, *ends)
+    state: Any = pipeline.lora_state_dict(str(write_adapter(adapter, tmp_path / "a.safetensors", format, family=kind)))
+    found: dict[str, Tensor] = {}
+    for key in state:
+        if key.endswith(".lora_A.weight"):
+            layer = key.removesuffix(".lora_A.weight")
+            update = state[f"{layer}.lora_B.weight"].double() @ state[key].double()
+            if update.any():  # parts of a fused layer that are not adapted
+                found[layer.removeprefix("transformer.")] = update
+    assert_same_updates(adapter, found)
+
+
+def test_flux2_is_told_from_flux_by_its_shapes(tmp_path: Path) -> None:
+    """They share names: a feed-forward of a double block, both layers of a single one."""
+    for kind, end in (
+        ("flux2", "ff.linear_in"),
+        ("flux2", "linear_out"),
+        ("flux2", "to_qkv_mlp_proj"),
+        ("flux", "net.2"),
+    ):
+        adapter = real_adapter(kind, end)
+        for format in ("kohya", "comfy"):
+            path = write_adapter(adapter, tmp_path / f"{end}-{format}.safetensors", format, family=kind)
+            assert_same_updates(read_adapter(path), adapter.layers)
+
+
+def test_sd15s_text_encoder_has_no_number(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = "text_model.encoder.layers.0.self_attn.q_proj"
+    words = Adapter({layer: random_pair((8, 8), 2, generator)}, None, "text_encoder")
+    adapter = replace(real_adapter("sd15", "attn1.to_q"), companions={"text_encoder": words})
+    path = write_adapter(adapter, tmp_path / "a.safetensors", "kohya")
+    keys = load_file(path).keys()
+    assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight" in keys
+    assert any(key.startswith("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q") for key in keys)
+    assert_same_updates(read_adapter(path).companions["text_encoder"], words.layers)
+
+
 def test_a_layer_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
     adapter = Adapter(
         {"down_blocks.3.resnets.0.conv1": real_adapter("sdxl", "conv_in").layers["conv_in"]}, None, "unet"
     )
     with pytest.raises(QrloraError, match=r"down_blocks\.3\.resnets\.0\.conv1, which has no name .* of sdxl"):
-        write_adapter(adapter, tmp_path / "a.safetensors", "kohya")
+        write_adapter(adapter, tmp_path / "a.safetensors", "kohya", family="sdxl")
     with pytest.raises(QrloraError, match=r"ends in \.safetensors"):
-        write_adapter(real_adapter("sdxl", "conv_in"), tmp_path / "a.bin", "kohya")
+        write_adapter(real_adapter("sdxl", "conv_in"), tmp_path / "a.bin", "kohya", family="sdxl")
     with pytest.raises(QrloraError, match="use one of comfy, diffusers, kohya, own, peft"):
         write_adapter(adapter, tmp_path / "a.safetensors", "published")
 
@@ -176,7 +230,7 @@ def test_between_formats(tmp_path: Path) -> None:
 def test_from_kohya_into_stock_peft_and_diffusers(tmp_path: Path, kind: str) -> None:
     """As diffusers has no converter for kohya's SD3 files, ours is the way."""
     small = {path: LowRank(pair.B * 0.1, pair.A) for path, pair in real_adapter(kind, *PUBLISHED).layers.items()}
-    file = write_adapter(Adapter(small), tmp_path / "a.safetensors", "kohya", family=kind)  # type: ignore[arg-type]
+    file = write_adapter(Adapter(small), tmp_path / "a.safetensors", "kohya", family=kind)
     read = read_adapter(file)
     ours: Any = tiny(kind)
     attach_adapter(ours, Adapter(small), "content")

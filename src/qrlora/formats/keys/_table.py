@@ -11,7 +11,6 @@ from typing import Literal
 
 from qrlora.formats._adapter import Component
 
-Family = Literal["flux", "sd3", "sdxl"]
 Swap = Literal["never", "always", "if_two"]
 """Whether the halves of a layer's outputs are the other way round in diffusers (shift and scale of a final norm);
 `if_two`: only where the layer has two outputs a hidden unit, which tells SD3's last text norm from the others."""
@@ -38,11 +37,16 @@ class Entry:
 class Target:
     """An entry with its numbers filled in."""
 
-    family: Family
+    family: str
     component: Component
     name: str
     parts: tuple[Part, ...]
     swap: Swap = "never"
+
+    @property
+    def renamed(self) -> bool:
+        """Whether the name tells it from diffusers'."""
+        return self.name != self.parts[0].path
 
 
 def plain(name: str, path: str, swap: Swap = "never") -> Entry:
@@ -64,11 +68,26 @@ class KeyTable:
         family: the family's name.
         component: the pipeline component that the layers belong to.
         entries: where several hold one diffusers layer, the first is the one to write.
+        kohya_module: the module of kohya's tools that makes its adapters, which their files name.
+        kohya_by_path: whether kohya's tools name the layers as diffusers does instead.
+        one_encoder: whether its models have one text encoder, which kohya's tools give no number then.
     """
 
-    def __init__(self, family: Family, component: Component, entries: Sequence[Entry]) -> None:
-        self.family: Family = family
+    def __init__(
+        self,
+        family: str,
+        component: Component,
+        entries: Sequence[Entry],
+        *,
+        kohya_module: str,
+        kohya_by_path: bool = False,
+        one_encoder: bool = False,
+    ) -> None:
+        self.family = family
         self.component: Component = component
+        self.kohya_module = kohya_module
+        self.kohya_by_path = kohya_by_path
+        self.one_encoder = one_encoder
         self.entries = tuple(entries)
         self._found: dict[tuple[bool, str], list[_Spelling]] = {}
         for entry in self.entries:

@@ -48,4 +48,5 @@ FLUX = KeyTable(
         plain("final_layer.linear", "proj_out"),
         plain("final_layer.adaLN_modulation.1", "norm_out.linear", "always"),
     ],
+    kohya_module="networks.lora_flux",
 )

@@ -44,4 +44,5 @@ SD3 = KeyTable(
         plain("final_layer.linear", "proj_out"),
         plain("final_layer.adaLN_modulation.1", "norm_out.linear", "always"),
     ],
+    kohya_module="networks.lora_sd3",
 )

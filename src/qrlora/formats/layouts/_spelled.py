@@ -8,6 +8,7 @@ tensor. The lists are those of `model_lora_keys_unet` in ComfyUI's `comfy/lora.p
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,8 @@ from qrlora.formats._encoders import EncoderKey, companions_of, together
 from qrlora.formats._factors import natural_key
 from qrlora.formats._header import read_header
 from qrlora.formats._layout import AdapterFile
-from qrlora.formats.keys import TABLES, Part, Target
+from qrlora.formats._safetensors import TensorEntry
+from qrlora.formats.keys import FLUX, FLUX2, TABLES, KeyTable, Part, Target, is_flux2
 from qrlora.formats.layouts._fused import split
 
 Role = Literal["A", "B", "alpha"]
@@ -81,8 +83,39 @@ class Spelled:
         return SUFFIXES[self.suffix]
 
 
-def spelled(key: str) -> Spelled | None:
-    """The key taken apart, or None where it names no known layer."""
+def spelled_keys(entries: Mapping[str, TensorEntry], start: str = "") -> list[Spelled]:
+    """Those of a file's keys that begin with `start` and name a known layer, taken apart.
+
+    Families share names, some of them for other layers, so a file is read by the names of the one that knows most of
+    its keys, and by those of the others where that one has none.
+    """
+    keys = [key for key in entries if key.startswith(start)]
+    found = {table.family: _known(keys, table) for table in TABLES}
+    most = max(len(known) for known in found.values())
+    candidates = [table for table in TABLES if len(found[table.family]) == most]
+    best = candidates[0]
+    if FLUX in candidates and FLUX2 in candidates:  # all names are FLUX.1's too, but not all shapes
+        best = FLUX2 if _of_flux2(found[FLUX.family], entries) else FLUX
+    tables = (best, *(table for table in TABLES if table is not best))
+    return [each for key in keys if (each := spelled(key, tables)) is not None]
+
+
+def _known(keys: Iterable[str], table: KeyTable) -> list[Spelled]:
+    return [each for key in keys if (each := spelled(key, (table,))) is not None]
+
+
+def _of_flux2(keys: Iterable[Spelled], entries: Mapping[str, TensorEntry]) -> bool:
+    shapes: dict[str, dict[Role, tuple[int, ...]]] = {}
+    for each in keys:
+        if each.original:
+            shapes.setdefault(each.target.name, {})[each.role] = entries[each.key].shape
+    found = [(name, roles["B"][0], roles["A"][-1]) for name, roles in shapes.items() if {"A", "B"} <= roles.keys()]
+    return any(is_flux2((rows, columns), name) for name, rows, columns in found)
+
+
+@lru_cache(maxsize=1 << 16)
+def spelled(key: str, tables: tuple[KeyTable, ...] = TABLES) -> Spelled | None:
+    """The key taken apart, by the first of the tables that knows it; None where none does."""
     suffix = next((each for each in SUFFIXES if key.endswith(each)), None)
     if suffix is None:
         return None
@@ -91,10 +124,10 @@ def spelled(key: str) -> Spelled | None:
             continue
         name = key.removeprefix(prefix).removesuffix(suffix)
         underscored = prefix.endswith("_")
-        for table in TABLES:
-            if target := table.by_name(name, underscored=underscored):
+        for table in tables:
+            target = table.by_name(name, underscored=underscored)
+            if target is not None and target.renamed:
                 return Spelled(key, prefix, name, suffix, target, True)
-        for table in TABLES:
             for path in _diffusers_names(name, suffix):
                 if held := table.by_path(path, underscored=underscored):
                     target, place = held

@@ -7,17 +7,16 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from qrlora.formats._adapter import Adapter
-from qrlora.formats._encoders import encoder_keys, encoder_tensors
+from qrlora.formats._encoders import encoder_keys, encoder_tensors, kohya_tensors
 from qrlora.formats._header import header_metadata
 from qrlora.formats._layout import AdapterFile, Evidence, ReadOptions, WritableLayout, WriteOptions, register_layout
 from qrlora.formats._safetensors import write_safetensors
-from qrlora.formats._saving import cast_to_save, checked_path
+from qrlora.formats._saving import checked_path
 from qrlora.formats.layouts._named import original_layers
-from qrlora.formats.layouts._spelled import Spelled, assemble, named, spelled
+from qrlora.formats.layouts._spelled import Spelled, assemble, named, spelled_keys
 
 PREFIX = "diffusion_model."
 # Read by the kohya and the diffusers layouts, where the names are diffusers'.
@@ -49,19 +48,14 @@ class Comfy(WritableLayout):
 
     def write(self, adapter: Adapter, path: str | Path, options: WriteOptions) -> Path:
         _, pairs = original_layers(adapter, options.family)
-        tensors: dict[str, Tensor] = {}
-        for name, pair in pairs.items():
-            stem = PREFIX + name
-            tensors[f"{stem}.lora_down.weight"] = cast_to_save(name, pair.A, options.save_dtype)
-            tensors[f"{stem}.lora_up.weight"] = cast_to_save(name, pair.B, options.save_dtype)
-            tensors[f"{stem}.alpha"] = torch.tensor(float(pair.rank))
+        tensors = kohya_tensors(pairs, PREFIX.__add__, options.save_dtype)
         tensors |= encoder_tensors(adapter, options.save_dtype)
         metadata = {"format": "pt", **header_metadata(adapter)}
         return write_safetensors(checked_path(path), tensors, metadata)
 
 
 def _keys(file: AdapterFile) -> list[Spelled]:
-    return [each for key in file.entries if (each := spelled(key)) is not None]
+    return spelled_keys(file.entries)
 
 
 def _is_anothers(each: Spelled) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from qrlora.formats._adapter import Adapter
 from qrlora.formats._encoders import encoder_keys
 from qrlora.formats._header import HEADER_KEY
+from qrlora.formats._later import Later
 from qrlora.formats._layout import AdapterFile, Evidence, ReadOptions, WritableLayout, WriteOptions, register_layout
 from qrlora.formats._native import adapter_from, write_native
 from qrlora.formats.layouts._spelled import spelled
@@ -35,6 +36,9 @@ class Diffusers(WritableLayout):
         return {text: match[1] for text, match in found.items()} | {key: each.path for key, each in encoders.items()}
 
     def build(self, file: AdapterFile, tensors: Mapping[str, Tensor], options: ReadOptions) -> Adapter:
+        return adapter_from(file.source, tensors, file.metadata)
+
+    def build_later(self, file: AdapterFile, tensors: Mapping[str, Later], options: ReadOptions) -> Adapter:
         return adapter_from(file.source, tensors, file.metadata)
 
     def write(self, adapter: Adapter, path: str | Path, options: WriteOptions) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qrlora.formats._adapter import Adapter
+from qrlora.formats._later import Later
 from qrlora.formats._layout import AdapterFile, Evidence, ReadOptions, WritableLayout, WriteOptions, register_layout
 from qrlora.formats._peft_folder import CONFIG_NAME, PREFIX, adapter_from_folder, write_peft_folder
 
@@ -41,6 +42,10 @@ class Peft(WritableLayout):
         return found
 
     def build(self, file: AdapterFile, tensors: Mapping[str, Tensor], options: ReadOptions) -> Adapter:
+        assert file.config is not None  # `detect` said so
+        return adapter_from_folder(file.source, tensors, file.metadata, file.config)
+
+    def build_later(self, file: AdapterFile, tensors: Mapping[str, Later], options: ReadOptions) -> Adapter:
         assert file.config is not None  # `detect` said so
         return adapter_from_folder(file.source, tensors, file.metadata, file.config)
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qrlora.formats import Adapter, LowRank
+from qrlora.formats import Adapter, LowRank, each_layer, shapes_of
 from qrlora.merging._header import merged_header
 from qrlora.merging._registry import register_merge
 
@@ -16,13 +16,11 @@ def merge_concat(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapt
     The weights go into each part's trained factor, so its basis is stored unchanged.
     """
     scaled = [adapter.scaled(weight) for adapter, weight in zip(adapters, weights, strict=True)]
-    layers = {
-        name: LowRank(
-            torch.cat([adapter.layers[name].B for adapter in scaled], dim=1),
-            torch.cat([adapter.layers[name].A for adapter in scaled], dim=0),
-        )
-        for name in adapters[0].layers
-    }
-    rank = max(pair.rank for pair in layers.values())
+    layers = each_layer([adapter.layers for adapter in scaled], _side_by_side)
+    rank = max(pair.rank for pair in shapes_of(layers).values())
     header = merged_header(adapters, weights, "concat", rank=rank, keep_basis=False)
     return Adapter(layers, header, adapters[0].component)
+
+
+def _side_by_side(_name: str, pairs: Sequence[LowRank]) -> LowRank:
+    return LowRank(torch.cat([pair.B for pair in pairs], dim=1), torch.cat([pair.A for pair in pairs], dim=0))

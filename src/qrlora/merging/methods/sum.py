@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from qrlora.errors import QrloraError
-from qrlora.formats import Adapter, LowRank
-from qrlora.merging._checks import basis_difference
+from qrlora.formats import Adapter, LowRank, each_layer
+from qrlora.merging._checks import basis_differences, common_side, layer_difference
 from qrlora.merging._header import merged_header
 from qrlora.merging._registry import register_merge
 
 TOLERANCE = 1e-5
+_CHUNK = 1 << 16  # elements in float64 at a time, which stay in the cache
 
 
 @register_merge("sum")
@@ -19,29 +20,41 @@ def merge_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """`Q (sum_i w_i dR_i)`: exact at rank r, summed in float64.
 
     Raises:
-        QrloraError: the stored bases differ by more than 1e-5 relative in some layer.
+        QrloraError: the stored bases differ by more than 1e-5 relative in some layer; of adapters that were read
+            lazily, when that layer is asked for.
     """
-    difference = basis_difference(adapters, TOLERANCE)
     first = adapters[0]
-    if difference is not None or first.header is None:
-        raise QrloraError(
-            f"method sum needs one basis, but {difference}; use concat, which is exact at the summed rank."
-        )
-    on_output = first.header.side == "output"
-    layers: dict[str, LowRank] = {}
-    for name, pair in first.layers.items():
-        pairs = [adapter.layers[name] for adapter in adapters]
-        if on_output:
-            layers[name] = LowRank(pair.B, _weighted([each.A for each in pairs], weights))
-        else:
-            layers[name] = LowRank(_weighted([each.B for each in pairs], weights), pair.A)
-    rank = max(pair.rank for pair in layers.values())
-    header = merged_header(adapters, weights, "sum", rank=rank, keep_basis=True)
+    side, reason = common_side(adapters)
+    if side is None or first.header is None:
+        raise _differ(reason)
+
+    def summed(name: str, pairs: Sequence[LowRank]) -> LowRank:
+        if not pairs[0].B.is_meta:
+            difference = layer_difference(adapters, name, basis_differences(pairs, side), TOLERANCE)
+            if difference is not None:
+                raise _differ(difference)
+        if side == "output":
+            return LowRank(pairs[0].B, _weighted([pair.A for pair in pairs], weights))
+        return LowRank(_weighted([pair.B for pair in pairs], weights), pairs[0].A)
+
+    layers = each_layer([adapter.layers for adapter in adapters], summed)
+    header = merged_header(adapters, weights, "sum", rank=first.rank, keep_basis=True)
     return Adapter(layers, header, first.component)
 
 
+def _differ(difference: str) -> QrloraError:
+    return QrloraError(f"method sum needs one basis, but {difference}; use concat, which is exact at the summed rank.")
+
+
 def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    total = torch.zeros_like(tensors[0], dtype=torch.float64)
-    for tensor, weight in zip(tensors, weights, strict=True):
-        total += weight * tensor.double()
-    return total.float()
+    merged = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
+    if merged.is_meta:
+        return merged
+    target, parts = merged.view(-1), [tensor.reshape(-1) for tensor in tensors]
+    for start in range(0, len(target), _CHUNK):
+        here = slice(start, start + _CHUNK)
+        total = parts[0][here].double() * weights[0]
+        for part, weight in zip(parts[1:], weights[1:], strict=True):
+            total.add_(part[here], alpha=weight)
+        target[here] = total
+    return merged

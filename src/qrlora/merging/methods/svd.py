@@ -18,6 +18,6 @@ def merge_svd(adapters: Sequence[Adapter], weights: Sequence[float], *, rank: in
         weights: one an adapter.
         rank: of the result; the largest of the adapters' ranks where None. What is cut off is told.
     """
-    wanted = rank or max(pair.rank for adapter in adapters for pair in adapter.layers.values())
+    wanted = rank or max(adapter.rank for adapter in adapters)
     merged, error = refactor(merge_concat(adapters, weights), wanted)
     return finished(merged.layers, adapters, weights, "svd", error)
