@@ -1,9 +1,11 @@
 """`python -m benchmarks.memory`: adapted layers and estimated memory of every full-size model, into benchmarks/results.
 
 Nothing is loaded and nothing is measured: layers are counted on the meta device, memory comes from `qrlora estimate`.
+With names of models, those alone are computed and put beside what is there.
 """
 
 import json
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -111,20 +113,31 @@ def words(settings: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Compute all and write both files."""
+    """Compute all, or the models that are named, and write both files."""
     torch.set_num_threads(1)
-    blueprints = {model: read_blueprint(model) for model in shipped_models()}
+    wanted = sys.argv[1:] or shipped_models()
     results: dict[str, Any] = {
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
         "rank": RANK,
-        "layers": {model: layers_of(blueprint) for model, blueprint in blueprints.items()},
-        "memory": {
-            str(resolution): {model: memory_of(blueprint, model, resolution) for model, blueprint in blueprints.items()}
-            for resolution in RESOLUTIONS
-        },
+        "layers": {},
+        "memory": {str(resolution): {} for resolution in RESOLUTIONS},
     }
-    (RESULTS / "memory.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / "memory.md").write_text(table(results), encoding="utf-8")
+    if sys.argv[1:]:
+        before = json.loads((RESULTS / "memory.json").read_text(encoding="utf-8"))
+        assert before["versions"] == results["versions"], "computed with other versions: compute all"
+        results = before
+    for model in wanted:
+        blueprint = read_blueprint(model)
+        rows = {str(resolution): memory_of(blueprint, model, resolution) for resolution in RESOLUTIONS}
+        results["layers"] = _sorted(results["layers"] | {model: layers_of(blueprint)})
+        results["memory"] = {key: _sorted(results["memory"][key] | {model: found}) for key, found in rows.items()}
+        if sys.argv[1:] or model == wanted[-1]:  # never a table of some models where all were asked for
+            (RESULTS / "memory.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            (RESULTS / "memory.md").write_text(table(results), encoding="utf-8")
+
+
+def _sorted(rows: dict[str, Any]) -> dict[str, Any]:
+    return dict(sorted(rows.items()))
 
 
 if __name__ == "__main__":

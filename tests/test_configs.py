@@ -14,12 +14,25 @@ from qrlora.formats import read_adapter
 from qrlora.models import load_pipeline
 from qrlora.training import TrainConfig, train
 from qrlora.training.memory import MEMORY_FIELDS, PRESETS
+from tests.tiny_newer import save_flux2, save_flux2_klein, save_qwen_image, save_sd15, save_z_image
 from tests.tiny_pipelines import save_flux, save_sd3, save_sdxl
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
 # Billions of parameters of the full-size denoisers; tests/models holds that they are.
-BILLIONS = {"flux": 11.9, "sd3-medium": 2.0, "sd3.5-medium": 2.5, "sd3.5-large": 8.1, "sdxl": 2.6}
+BILLIONS = {
+    "flux2-dev": 32.2,
+    "flux2-klein-4b": 3.9,
+    "flux2-klein-9b": 9.1,
+    "flux": 11.9,
+    "qwen-image": 20.4,
+    "sd15": 0.9,
+    "sd3-medium": 2.0,
+    "sd3.5-medium": 2.5,
+    "sd3.5-large": 8.1,
+    "sdxl": 2.6,
+    "z-image": 6.2,
+}
 SAVE: dict[str, Callable[[Path], Path]] = {
     "flux-dev": lambda folder: save_flux(folder, guidance_embeds=True),
     "flux-schnell": save_flux,
@@ -27,6 +40,12 @@ SAVE: dict[str, Callable[[Path], Path]] = {
     "sd3.5-medium": lambda folder: save_sd3(folder, dual_attention=True),
     "sd3.5-large": save_sd3,
     "sdxl": save_sdxl,
+    "sd15": save_sd15,
+    "flux2-dev": save_flux2,
+    "flux2-klein-4b": save_flux2_klein,
+    "flux2-klein-9b": save_flux2_klein,
+    "qwen-image": save_qwen_image,
+    "z-image": save_z_image,
 }
 each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 

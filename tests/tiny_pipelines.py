@@ -72,9 +72,9 @@ def flux_pipeline(seed: int = 0, *, guidance_embeds: bool = False) -> FluxPipeli
     """A FluxPipeline of about 0.4 MB: 8x autoencoder with 4 latent channels, pictures of 32 x 32, 4 tokens."""
     transformer = flux_transformer(seed, guidance_embeds=guidance_embeds)
     tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
-    clip = CLIPTextModel(_clip_config(tokenizer)).eval()
+    clip = CLIPTextModel(clip_config(tokenizer)).eval()
     t5 = _t5(tokenizer_2)
-    vae = _autoencoder(scaling_factor=0.8, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False)
+    vae = autoencoder(scaling_factor=0.8, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False)
     return FluxPipeline(FlowMatchEulerDiscreteScheduler(), vae, clip, tokenizer, t5, tokenizer_2, transformer)
 
 
@@ -106,10 +106,10 @@ def sd3_pipeline(seed: int = 0, *, dual_attention: bool = False, t5: bool = True
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_autoencoder(scaling_factor=1.2, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=CLIPTextModelWithProjection(_clip_config(tokenizer, layers=2)).eval(),
+        vae=autoencoder(scaling_factor=1.2, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=CLIPTextModelWithProjection(clip_config(tokenizer, layers=2)).eval(),
         tokenizer=tokenizer,
-        text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer, layers=2)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(tokenizer, layers=2)).eval(),
         tokenizer_2=clip_tokenizer(),
         text_encoder_3=_t5(tokenizer_3, width=2 * HIDDEN) if t5 else None,
         tokenizer_3=tokenizer_3 if t5 else None,
@@ -152,9 +152,9 @@ def sdxl_pipeline(seed: int = 0, *, prediction: str = "epsilon", zero_snr: bool 
     unet = sdxl_unet(seed)
     tokenizer = clip_tokenizer()
     return StableDiffusionXLPipeline(
-        vae=_autoencoder(scaling_factor=0.13025),
-        text_encoder=CLIPTextModel(_clip_config(tokenizer, layers=2)).eval(),
-        text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer, layers=2)).eval(),
+        vae=autoencoder(scaling_factor=0.13025),
+        text_encoder=CLIPTextModel(clip_config(tokenizer, layers=2)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(tokenizer, layers=2)).eval(),
         tokenizer=tokenizer,
         tokenizer_2=clip_tokenizer(),
         unet=unet,
@@ -163,7 +163,7 @@ def sdxl_pipeline(seed: int = 0, *, prediction: str = "epsilon", zero_snr: bool 
     )
 
 
-def _clip_config(tokenizer: CLIPTokenizer, *, layers: int = 1) -> CLIPTextConfig:
+def clip_config(tokenizer: CLIPTokenizer, *, layers: int = 1) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,
@@ -183,7 +183,7 @@ def _t5(tokenizer: T5TokenizerFast, *, width: int = HIDDEN) -> T5EncoderModel:
     ).eval()
 
 
-def _autoencoder(**more: Any) -> AutoencoderKL:
+def autoencoder(**more: Any) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,

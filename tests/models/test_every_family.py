@@ -1,5 +1,7 @@
 """What every family must do, from an ordinary pipeline folder on: train, resume, generate, load elsewhere, merge."""
 
+import inspect
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from qrlora.formats import read_adapter
 from qrlora.merging import merge
 from qrlora.models import LoadedModel, load_pipeline
 from qrlora.training import TrainConfig, train
+from tests.tiny_newer import save_flux2, save_flux2_klein, save_qwen_image, save_sd15, save_z_image
 from tests.tiny_pipelines import save_flux, save_sd3, save_sdxl
 
 # peft warns whenever a second adapter is loaded; every other warning is an error.
@@ -28,6 +31,11 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "sd3-without-t5": lambda folder: save_sd3(folder, t5=False),
     "sdxl": save_sdxl,
     "sdxl-v": lambda folder: save_sdxl(folder, prediction="v_prediction", zero_snr=True),
+    "sd15": save_sd15,
+    "flux2-dev": save_flux2,
+    "flux2-klein": save_flux2_klein,
+    "qwen-image": save_qwen_image,
+    "z-image": save_z_image,
 }
 PROMPT = "a <c> dog in <s> style"
 WEIGHTS = {"content": 0.9, "style": 1.0}
@@ -94,12 +102,14 @@ def stock_pipeline(case: Case) -> Any:
 
 
 def latents_of(case: Case, pipeline: Any) -> Tensor:
-    """By the stock call, with guidance."""
+    """By the stock call, with guidance where it has any."""
     family, settings = case.model.family, case.model.defaults
-    assert family.uses_negative(settings)
+    assert family.uses_negative(settings) == (family.name != "flux2")
     generator = torch.Generator().manual_seed(3)
-    arguments = {name: getattr(settings, name) for name in family.generation_arguments}
-    return pipeline(PROMPT, negative_prompt="a cat", generator=generator, output_type="latent", **arguments).images
+    arguments: dict[str, Any] = {name: getattr(settings, name) for name in family.generation_arguments}
+    if "negative_prompt" in inspect.signature(type(pipeline).__call__).parameters:  # klein's is always empty
+        arguments["negative_prompt"] = "a cat"
+    return pipeline(prompt=PROMPT, generator=generator, output_type="latent", **arguments).images
 
 
 def pixels_of(case: Case) -> np.ndarray:
@@ -158,6 +168,11 @@ def test_pictures_have_the_adapters_in_them(case: Case, attached: Any) -> None:
     np.testing.assert_array_equal(base, pixels_of(Case(case.folder, load_pipeline(case.folder), {}, {})))
 
 
+def test_streamed_blocks_and_encoders_change_no_pixel(case: Case) -> None:
+    streamed = load_pipeline(case.folder, offload="blocks", encoder_offload="blocks")
+    np.testing.assert_array_equal(pixels_of(Case(case.folder, streamed, {}, {})), pixels_of(case))
+
+
 def test_stock_diffusers_draws_the_same_with_our_files(case: Case, attached: Any) -> None:
     stock = stock_pipeline(case)
     base = latents_of(case, stock)
@@ -169,6 +184,22 @@ def test_stock_diffusers_draws_the_same_with_our_files(case: Case, attached: Any
         ours = latents_of(case, case.model.pipeline)
         assert close(latents_of(case, stock), ours)
         assert not close(ours, base, 1e-3)
+
+
+def test_the_cards_recipe_draws_the_same(case: Case, attached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python in the model card, by stock diffusers alone."""
+    folder = case.outputs["content"]
+    found = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    code = re.sub(r"from_pretrained\('[^']*'", f"from_pretrained({str(case.folder)!r}", found[1])
+    code = code.replace(").images", ", generator=torch.Generator().manual_seed(3)).images")
+    monkeypatch.chdir(folder)
+    exec(code, {})
+    set_adapters(attached, {"content": 1.0})
+    settings = case.model.defaults.model_dump()
+    (ours,) = case.model.family.generate(case.model.pipeline, ["a <c> dog"], seeds=[3], **settings)
+    with Image.open("picture.png") as theirs:
+        assert np.abs(np.asarray(theirs.convert("RGB")).astype(int) - np.asarray(ours)).max() <= 1
 
 
 def test_the_merged_file_is_both_at_their_weights(case: Case, attached: Any, tmp_path: Path) -> None:

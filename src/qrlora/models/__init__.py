@@ -10,12 +10,13 @@ from pkgutil import iter_modules
 from qrlora.models import _encoders as _encoders  # registers what of them is adapted
 from qrlora.models._blueprint import Blueprint, read_blueprint, shipped_models
 from qrlora.models._common import forget_tensors
-from qrlora.models._family import Family, GenerationDefaults, family_names, family_of, register_family
+from qrlora.models._family import Family, GenerationDefaults
 from qrlora.models._loaded import LoadedModel, Offload
 from qrlora.models._loading import ModelSettings, load_pipeline, read_settings
 from qrlora.models._noise import Diffusion, FlowMatching, NoiseProcess
 from qrlora.models._quantization import Quantization, check_quantization, quantized_layers
 from qrlora.models._reading import told
+from qrlora.models._registry import family_names, family_of, register_family
 from qrlora.models._streaming import BlockStream, repeated_blocks
 
 for _module in iter_modules(__path__):

@@ -9,15 +9,15 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from qrlora.errors import QrloraError
-from qrlora.models._family import Family, families
+from qrlora.models._family import Family
 from qrlora.models._loading import ModelSettings, local_folder, read_settings
 from qrlora.models._reading import told
+from qrlora.models._registry import families
 
 _SHIPPED = Path(__file__).with_name("configurations")
 Configuration = Mapping[str, Any]
@@ -47,7 +47,7 @@ class Blueprint:
     @property
     def vae_scale_factor(self) -> int:
         """Pixels of a side to one of the latents."""
-        return 2 ** (len(self.components["vae"]["block_out_channels"]) - 1)
+        return self.family.latent_scale(self.components["vae"])
 
     def build(self, component: str) -> nn.Module:
         """A component of its true class and shapes, in fp32 on the meta device.
@@ -111,9 +111,13 @@ def _index(source: str) -> Configuration:
 
 def _configuration(source: str, component: str, library: str, kind: str) -> Configuration:
     local = Path(source).is_dir()
-    if library == "transformers":
-        return PretrainedConfig.get_config_dict(source, subfolder=component, local_files_only=local)[0]
-    return getattr(diffusers, kind).load_config(source, subfolder=component, local_files_only=local)
+    if library == "diffusers":
+        return getattr(diffusers, kind).load_config(source, subfolder=component, local_files_only=local)
+    config = PretrainedConfig.get_config_dict(source, subfolder=component, local_files_only=local)[0]
+    # The pipeline's class is the one that is loaded. A pipeline's own, such as the safety checker, is none of
+    # transformers for all that it is configured like one.
+    module = library if library == "transformers" else f"diffusers.pipelines.{library}"
+    return {**config, "architectures": [kind], "_module": module}
 
 
 def _of_diffusers(config: Configuration) -> Any:
@@ -121,9 +125,9 @@ def _of_diffusers(config: Configuration) -> Any:
 
 
 def _of_transformers(config: Configuration) -> Any:
-    settings = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
-    kind = config["architectures"][0]
-    return getattr(transformers, kind)(AutoConfig.for_model(config["model_type"], **settings))
+    settings = {key: value for key, value in config.items() if key not in ("architectures", "model_type", "_module")}
+    module, kind = config.get("_module", "transformers"), config["architectures"][0]
+    return getattr(import_module(module), kind)(AutoConfig.for_model(config["model_type"], **settings))
 
 
 def _family_named(pipeline: str, model: str) -> Family:

@@ -1,7 +1,7 @@
-"""The strategy that one training loop and one `generate` need of a model family, and the registry of families."""
+"""The strategy that one training loop and one `generate` need of a model family."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -9,7 +9,6 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from qrlora.adapter import register_blocks, register_targets
 from qrlora.errors import QrloraError
 from qrlora.formats import Component
 from qrlora.models._common import check_size, encode_latents, quiet, require
@@ -28,21 +27,23 @@ class GenerationDefaults(BaseModel):
     num_inference_steps: int = Field(default=28, gt=0)
     guidance_scale: float = Field(default=3.5, allow_inf_nan=False)
     """As the model's own pipeline means it. FLUX: distilled guidance, an embedding, without effect on a model that has
-    none (schnell). SD3, SDXL: classifier-free guidance against `negative_prompt`; 1 is off, above 1 every step costs
-    two passes."""
+    none (schnell). SD, SD3, SDXL, FLUX.2-klein: classifier-free guidance against `negative_prompt`; 1 is off, above 1
+    every step costs two passes. Z-Image: the same, but off at 0. Qwen-Image refuses it."""
     true_cfg_scale: float = Field(default=1.0, allow_inf_nan=False)
-    """FLUX alone: classifier-free guidance against `negative_prompt`, likewise; other families refuse it."""
+    """FLUX.1 and Qwen-Image alone: classifier-free guidance against `negative_prompt`, likewise; others refuse it."""
     negative_prompt: str = ""
     """What pictures are guided away from; empty is what the model's own pipeline takes without one."""
     max_sequence_length: int = Field(default=512, gt=0)
-    """Tokens of the long text encoder (T5), in training and in generation alike; SDXL has none and always reads 77."""
+    """Tokens of the long text encoder (T5, a language model), in training and in generation alike; SD and SDXL have
+    none and always read 77."""
 
 
 class Family(ABC):
     """One model family. Stateless: everything it works on is passed in.
 
     Latents are `[N, C, h, w]`, normalised as the denoiser expects them (shifted, scaled, never packed). Conditioning is
-    a dictionary of tensors with one row a prompt.
+    a dictionary of tensors with one row a prompt; prompts of different lengths are padded, with a mask beside them
+    where the denoiser is not to see that.
     """
 
     name: ClassVar[str]
@@ -67,7 +68,9 @@ class Family(ABC):
     """Which `GenerationDefaults` the pipeline takes under their own names; embeddings are handed over instead of
     prompts."""
     guided_by: ClassVar[Literal["guidance_scale", "true_cfg_scale"]] = "guidance_scale"
-    """The setting that, above 1, guides pictures away from `negative_prompt`."""
+    """The setting that, above `guidance_off`, guides pictures away from `negative_prompt`."""
+    guidance_off: ClassVar[float] = 1.0
+    """The most that `guided_by` may be without guiding."""
     sequence_lengths: ClassVar[range] = range(1, 513)
     """What `max_sequence_length` may be."""
 
@@ -88,8 +91,8 @@ class Family(ABC):
         """How this very model wants its pictures made, as far as its configuration tells it from its siblings."""
         return self.generation_defaults
 
-    def check_settings(self, settings: GenerationDefaults) -> None:
-        """Refuse settings that mean nothing for this family.
+    def check_settings(self, pipeline: Any, settings: GenerationDefaults) -> None:
+        """Refuse settings that mean nothing for this family, or for this very model.
 
         Raises:
             QrloraError: begins with the setting's name.
@@ -114,7 +117,7 @@ class Family(ABC):
 
     def uses_negative(self, settings: GenerationDefaults) -> bool:
         """Whether pictures at these settings are guided away from `negative_prompt`, at two passes a step."""
-        return getattr(settings, self.guided_by) > 1
+        return getattr(settings, self.guided_by) > self.guidance_off
 
     def has_guidance_embedding(self, denoiser: nn.Module) -> bool:
         """Whether the `guidance` of `predict` means anything to this denoiser."""
@@ -149,6 +152,10 @@ class Family(ABC):
         """`pixels` `[N, 3, H, W]` in [-1, 1] to latents `[N, C, h, w]`; the mode without a generator, else a sample."""
         require(pipeline, self.picture_components)
         return encode_latents(pipeline.vae, pixels, generator)
+
+    def autoencoder_input(self, pixels: Tensor) -> Tensor:
+        """`pixels` `[N, 3, H, W]` as the autoencoder takes them."""
+        return pixels
 
     def picture_conditioning(
         self, original_sizes: Tensor, crops_top_left: Tensor, target_sizes: Tensor
@@ -200,6 +207,14 @@ class Family(ABC):
     def latent_multiple(self, pipeline: Any) -> int:
         """Height and width in pixels must be multiples of this."""
 
+    def latent_scale(self, autoencoder: Mapping[str, Any]) -> int:
+        """Pixels of a side to one of the latents, by the autoencoder's configuration."""
+        return 2 ** (len(autoencoder["block_out_channels"]) - 1)
+
+    def idle_layers(self, denoiser: nn.Module) -> Collection[str]:
+        """Paths of target layers whose outputs the denoiser throws away; "auto" leaves them out."""
+        return ()
+
     def check_size(self, pipeline: Any, height: int, width: int) -> None:
         """Refuse pixels that the model cannot draw.
 
@@ -207,6 +222,10 @@ class Family(ABC):
             QrloraError: begins with the side's name.
         """
         check_size(self.latent_multiple(pipeline), height, width)
+
+    def pipeline_inputs(self, rows: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Rows of conditioning as the pipeline takes them, by the names of its arguments."""
+        return dict(rows)
 
     def generate(
         self,
@@ -244,10 +263,8 @@ class Family(ABC):
             max_sequence_length=max_sequence_length,
         )
         if len(seeds) != len(prompts):
-            raise QrloraError(
-                f"{len(prompts)} prompts need {len(prompts)} seeds, one a picture, but {len(seeds)} were given."
-            )
-        self.check_settings(settings)
+            raise QrloraError(f"{len(prompts)} prompts need {len(prompts)} seeds, but {len(seeds)} were given.")
+        self.check_settings(pipeline, settings)
         self.check_size(pipeline, height, width)
         if conditioning is None:
             conditioning = self._encode_each_once(pipeline, prompts, max_sequence_length)
@@ -256,15 +273,18 @@ class Family(ABC):
             negative = negative_conditioning or self.encode_negative(pipeline, negative_prompt, max_sequence_length)
         denoiser: Any = self.denoiser(pipeline)
         embeddings = {key: rows.to(denoiser.device, denoiser.dtype) for key, rows in conditioning.items()}
-        against = {f"negative_{key}": row.to(denoiser.device, denoiser.dtype) for key, row in negative.items()}
+        against = {key: row.to(denoiser.device, denoiser.dtype) for key, row in negative.items()}
         arguments = {name: getattr(settings, name) for name in self.generation_arguments}
         maker = quiet(pipeline)
         pictures: list[Image.Image] = []
         for start in range(0, len(prompts), batch_size):
             rows = range(start, min(start + batch_size, len(prompts)))
+            towards = self.pipeline_inputs({key: value[start : rows.stop] for key, value in embeddings.items()})
+            repeated = {key: row.expand(len(rows), *row.shape[1:]) for key, row in against.items()}
+            away = self.pipeline_inputs(repeated) if repeated else {}
             pictures += maker(
-                **{key: value[start : rows.stop] for key, value in embeddings.items()},
-                **{key: value.expand(len(rows), *value.shape[1:]) for key, value in against.items()},
+                **towards,
+                **{f"negative_{key}": value for key, value in away.items()},
                 # On the CPU whatever the device: the same seed gives the same noise everywhere.
                 generator=[torch.Generator("cpu").manual_seed(seeds[row]) for row in rows],
                 **arguments,
@@ -276,44 +296,3 @@ class Family(ABC):
         rows = [self.encode_prompts(pipeline, [prompt], max_sequence_length) for prompt in unique]
         order = [unique.index(prompt) for prompt in prompts]
         return {key: torch.cat([rows[index][key] for index in order]) for key in rows[0]} if rows else {}
-
-
-_FAMILIES: dict[str, Family] = {}
-
-
-def register_family(family: Family) -> Family:
-    """Make a family known by its denoiser's class, and tell the adapters what `target_modules="auto"` and the names
-    of its blocks mean."""
-    register_targets(family.denoiser_class, family.target_modules)
-    for name, parts in family.blocks.items():
-        register_blocks(name, *parts)
-    _FAMILIES[family.name] = family
-    return family
-
-
-def family_names() -> tuple[str, ...]:
-    """Names of the families known, sorted."""
-    return tuple(sorted(_FAMILIES))
-
-
-def families() -> tuple[Family, ...]:
-    """The families known."""
-    return tuple(_FAMILIES.values())
-
-
-def family_of(model: Any) -> Family:
-    """The family of a denoiser or of a pipeline, by class names.
-
-    Raises:
-        QrloraError: an unknown class; the sentence lists the known ones.
-    """
-    for family in _FAMILIES.values():
-        if family.recognises(model):
-            return family
-    known = ", ".join(
-        f"{name} ({family.denoiser_class} in {family.pipeline_class})" for name, family in sorted(_FAMILIES.items())
-    )
-    raise QrloraError(
-        f"{type(model).__name__} belongs to no model family known here; the known ones are {known}. Adapters alone "
-        "(qrlora.add_adapter with target_modules) work on other denoisers too."
-    )

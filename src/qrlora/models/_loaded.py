@@ -29,8 +29,9 @@ class LoadedModel:
     """A pipeline, its family, what to call it, and how it wants to be used.
 
     `training` are defaults for `TrainConfig` (`max_train_steps`, `learning_rate`, `rank`...), `roles` what differs from
-    them in a blend's "content" or "style". `source` is where components can be loaded from again; a pipeline built in
-    memory has none, and its encoders are then moved to the CPU, not freed.
+    them in a blend's "content" or "style", `weights` those of a blend. `source` is where components can be loaded from
+    again; a pipeline built in memory has none, and its encoders are then moved to the CPU, not freed, as with
+    `park_encoders`.
 
     With `offload: blocks` the denoiser's blocks stay on the CPU and are on the device one after the other, with
     `encoder_offload` those of the text encoders; `quantization` is that of the denoiser.
@@ -44,11 +45,13 @@ class LoadedModel:
     roles: Mapping[Literal["content", "style"], Mapping[str, Any]] = field(
         default_factory=dict[Literal["content", "style"], dict[str, Any]]
     )
+    weights: Mapping[str, Any] = field(default_factory=dict[str, Any])
     source: str | None = None
     dtype: torch.dtype = torch.float32
     quantization: Quantization | None = None
     offload: Offload = "none"
     encoder_offload: Offload = "none"
+    park_encoders: bool = False
     _parked: dict[str, nn.Module] = field(default_factory=dict[str, nn.Module], repr=False)
     _released: set[str] = field(default_factory=set[str], repr=False)
     _streams: dict[str, BlockStream] = field(default_factory=dict[str, BlockStream], repr=False)
@@ -155,7 +158,7 @@ class LoadedModel:
             stream = self._streams.pop(name, None)
             if stream is not None:
                 stream.remove()
-            if self.source is None or getattr(module, "peft_config", None):
+            if self.source is None or self.park_encoders or getattr(module, "peft_config", None):
                 self._parked[name] = module.to("cpu")
             else:
                 freed.append(weakref.ref(module))

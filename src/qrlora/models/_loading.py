@@ -11,10 +11,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from qrlora.errors import QrloraError
-from qrlora.models._family import Family, GenerationDefaults, family_of
+from qrlora.models._family import Family, GenerationDefaults
 from qrlora.models._loaded import LoadedModel, Offload
 from qrlora.models._quantization import Quantization, check_quantization
 from qrlora.models._reading import first_line, from_pretrained, told
+from qrlora.models._registry import family_of
 
 SETTINGS_FILE = "qrlora.json"
 
@@ -27,6 +28,7 @@ class ModelSettings(BaseModel):
         generation: how it wants its pictures made, as in `GenerationDefaults`.
         training: defaults for `TrainConfig`.
         roles: what differs from `training` in a blend's "content" or "style".
+        weights: of a blend, as in `blend.weights`: `content`, `style`, `contents` (rows), `styles` (columns).
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -35,6 +37,7 @@ class ModelSettings(BaseModel):
     generation: dict[str, Any] = {}
     training: dict[str, Any] = {}
     roles: dict[Literal["content", "style"], dict[str, Any]] = {}
+    weights: dict[str, Any] = {}
 
 
 def load_pipeline(
@@ -73,9 +76,10 @@ def load_pipeline(
         pipeline=pipeline,
         family=family,
         model_id=settings.name or str(model),
-        defaults=_defaults(family.defaults_of(pipeline), family, settings, str(model)),
+        defaults=_defaults(family, pipeline, settings, str(model)),
         training={**family.training_defaults, **settings.training},
         roles=settings.roles,
+        weights=settings.weights,
         source=str(source or model),
         dtype=dtype,
     )
@@ -124,10 +128,11 @@ def _read_settings(path: Path) -> ModelSettings:
         raise QrloraError(f"{path} cannot be read: {first_line(error)}") from error
 
 
-def _defaults(own: GenerationDefaults, family: Family, settings: ModelSettings, model: str) -> GenerationDefaults:
+def _defaults(family: Family, pipeline: Any, settings: ModelSettings, model: str) -> GenerationDefaults:
+    own = family.defaults_of(pipeline)
     try:
         defaults = GenerationDefaults.model_validate({**own.model_dump(), **settings.generation})
-        family.check_settings(defaults)
+        family.check_settings(pipeline, defaults)
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])

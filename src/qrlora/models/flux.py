@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from qrlora.formats import Component
-from qrlora.models._common import flow_matching, remembered, require
-from qrlora.models._family import Family, GenerationDefaults, register_family
+from qrlora.models._common import flow_matching, pack, remembered, require, unpack
+from qrlora.models._family import Family, GenerationDefaults
 from qrlora.models._noise import NoiseProcess
+from qrlora.models._registry import register_family
 
 
 class Flux(Family):
@@ -115,20 +116,6 @@ class Flux(Family):
 
     def latent_multiple(self, pipeline: Any) -> int:
         return int(pipeline.vae_scale_factor) * 2
-
-
-def pack(latents: Tensor) -> Tensor:
-    """`[N, C, h, w]` to `[N, h/2 * w/2, 4 C]`: FLUX's tokens are 2 x 2 patches, channel-major within a token."""
-    count, channels, height, width = latents.shape
-    patches = latents.reshape(count, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(count, (height // 2) * (width // 2), channels * 4)
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Inverse of `pack`; `height` and `width` are those of the latents."""
-    count, _, features = tokens.shape
-    patches = tokens.reshape(count, height // 2, width // 2, features // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return patches.reshape(count, features // 4, height, width)
 
 
 @remembered

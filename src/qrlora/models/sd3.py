@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from qrlora.errors import QrloraError
 from qrlora.formats import Component
 from qrlora.models._common import flow_matching, require
-from qrlora.models._family import Family, GenerationDefaults, register_family
+from qrlora.models._family import Family, GenerationDefaults
 from qrlora.models._noise import NoiseProcess
+from qrlora.models._registry import register_family
 
 _CLIP_TOKENS = 77
 

@@ -4,24 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
-from qrlora.errors import QrloraError
 from qrlora.formats import Component
-from qrlora.models._common import require
-from qrlora.models._family import Family, GenerationDefaults, register_family
-from qrlora.models._noise import Diffusion, NoiseProcess
-
-# The part of a scheduler's configuration that says how the model was trained; the rest says how pictures are made.
-_SCHEDULE = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-)
+from qrlora.models._common import diffusion, require
+from qrlora.models._family import Family, GenerationDefaults
+from qrlora.models._noise import NoiseProcess
+from qrlora.models._registry import register_family
 
 
 class StableDiffusionXL(Family):
@@ -105,28 +94,7 @@ class StableDiffusionXL(Family):
         )[0]
 
     def noise_process(self, pipeline: Any) -> NoiseProcess:
-        scheduler, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
-        prediction = config.get("prediction_type", "epsilon")
-        if "beta_schedule" not in config:
-            raise QrloraError(
-                f"this model's {scheduler} works on sigmas (EDM or flow matching) instead of a schedule of betas, and "
-                "SDXL models of that kind cannot be trained here."
-            )
-        if prediction not in ("epsilon", "v_prediction"):
-            raise QrloraError(
-                f"this model predicts {prediction!r} by the configuration of its {scheduler}, and SDXL can be trained "
-                "here where it predicts 'epsilon' or 'v_prediction'."
-            )
-        if pipeline.unet.config.time_cond_proj_dim is not None:
-            raise QrloraError(
-                "this U-Net takes the guidance scale as an input (a latent consistency model), which training does not "
-                "give; train on the model it was distilled from."
-            )
-        try:
-            schedule: Any = DDPMScheduler(**{key: config[key] for key in _SCHEDULE if key in config})
-        except NotImplementedError as error:
-            raise QrloraError(f"this model's {scheduler} has a schedule that is not known here: {error}.") from error
-        return Diffusion(schedule.alphas_cumprod, prediction)
+        return diffusion(pipeline.scheduler, pipeline.unet)
 
     def latent_channels(self, denoiser: Any) -> int:
         return int(denoiser.config.in_channels)
