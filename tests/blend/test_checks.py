@@ -14,10 +14,11 @@ from qrlora.blend.job import forget_pictures
 from qrlora.blend.roles import agree_on_memory, fill_trainings, plan_parts
 from qrlora.errors import QrloraError
 from qrlora.formats import LowRank, read_adapter
-from qrlora.models import GenerationDefaults, LoadedModel
+from qrlora.models import GenerationDefaults, LoadedModel, load_pipeline
 from qrlora.models.flux import FLUX
 from qrlora.training import TrainConfig
 from tests.blend.conftest import MakeConfig
+from tests.tiny_newer import save_flux2_klein
 
 
 def _refused_untrained(config: BlendConfig, model: LoadedModel, words: str) -> None:
@@ -71,6 +72,22 @@ def test_a_models_defaults_for_a_role_come_before_those_for_all(
         assert steps == expected
 
 
+@pytest.mark.parametrize(
+    ("adapter", "changes", "basis"),
+    [("{}", {}, "lora"), ("{}", {"basis": "svd"}, "svd"), ("{mask: full}", {}, "qr"), ("{experts: 2}", {}, "qr")],
+)
+def test_a_models_own_basis_stands_only_where_nothing_of_another_is_told(
+    make_config: MakeConfig, model: LoadedModel, tmp_path: Path, adapter: str, changes: dict[str, str], basis: str
+) -> None:
+    own = replace(model, roles={"content": {"basis": "lora"}, "style": {"basis": "lora"}})
+    (tmp_path / "more.yaml").write_text(f"adapter: {adapter}\n")
+    parts, _ = plan_parts(make_config(tmp_path / "out", content_config=tmp_path / "more.yaml", **changes))
+    fill_trainings(parts, own)
+    content = parts["content"].training
+    assert content is not None
+    assert content.adapter.basis == basis
+
+
 @pytest.mark.parametrize(("data", "output"), [("out/pics", "out"), ("out", "out")])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_input_folder_in_the_output_is_refused(
@@ -111,11 +128,18 @@ def test_only_our_own_earlier_pictures_are_removed(made: BlendResult, tmp_path: 
     ],
 )
 def test_settings_are_validated_where_they_meet(given: dict, words: str) -> None:
+    model = LoadedModel(None, FLUX, "a model", GenerationDefaults())
     with pytest.raises(QrloraError, match=words):
-        settings_of(SimpleNamespace(**given), GenerationDefaults(), FLUX)
-    assert settings_of(SimpleNamespace(height=64), GenerationDefaults(width=32), FLUX).model_dump() == (
+        settings_of(SimpleNamespace(**given), model.defaults, model)
+    assert settings_of(SimpleNamespace(height=64), GenerationDefaults(width=32), model).model_dump() == (
         GenerationDefaults(width=32, height=64).model_dump()
     )
+
+
+def test_guidance_of_a_distilled_model_is_refused_before_it_is_trained(make_config: MakeConfig, tmp_path: Path) -> None:
+    distilled = load_pipeline(save_flux2_klein(tmp_path / "klein", distilled=True))
+    words = r"--guidance-scale 2\.5 has no effect on this model, which was distilled to do without; leave it at 1"
+    _refused_untrained(make_config(tmp_path / "out", guidance_scale=2.5), distilled, words)
 
 
 def test_what_the_configurations_say_of_the_model(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ PROMPT, SEED = "a <c> dog", 3
 WEIGHTS = {"content": 0.9, "style": 0.7}
 
 
-@pytest.fixture(params=["tiny_flux", "tiny_sd3", "tiny_sdxl"])
+@pytest.fixture(params=["tiny_flux", "tiny_sd3", "tiny_sdxl", "tiny_qwen_image", "tiny_z_image"])
 def painter(request: pytest.FixtureRequest, tmp_path: Path) -> Painter:
     """A tiny pipeline at six steps with two adapters that change much."""
     model = load_pipeline(request.getfixturevalue(request.param))
@@ -48,8 +48,8 @@ def _stock(painter: Painter, at_step: Any) -> Image.Image:
 
     return model.pipeline(
         PROMPT,
-        # FLUX guides against a text alone, SDXL against zeros where there is none.
-        negative_prompt="" if model.family.name == "flux" else None,
+        # These guide against a text alone, SDXL against zeros where there is none.
+        negative_prompt="" if model.family.guided_by == "true_cfg_scale" else None,
         generator=torch.Generator().manual_seed(SEED),
         callback_on_step_end=callback,
         **arguments,

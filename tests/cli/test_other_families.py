@@ -9,7 +9,10 @@ from PIL import Image
 from qrlora.formats import read_adapter
 from tests.cli.conftest import Run
 
-COMPONENTS = {"sd3": "transformer", "sdxl": "unet"}
+COMPONENTS = {"sd3": "transformer", "sdxl": "unet", "qwen_image": "transformer", "z_image": "transformer"}
+# The others have classifier-free guidance under its usual name, off at 1.
+OWN_GUIDANCE = {"qwen_image": "true_cfg_scale"}
+only_usual = pytest.mark.parametrize("family", ["sd3", "sdxl"])
 
 
 @pytest.fixture(params=COMPONENTS)
@@ -35,18 +38,18 @@ def test_train_generate_and_the_rest(
     adapter = read_adapter(desk / "dog" / "adapter.safetensors")
     assert adapter.component == COMPONENTS[family]
     assert adapter.header is not None
-    assert adapter.header.base_model == f"tiny-{family}"
+    assert adapter.header.base_model == f"tiny-{family}".replace("_", "-")
     assert (desk / "dog" / "validation" / "step-000002-0.png").is_file()
 
-    words = (
-        f"--model {model} --prompt a_<c>_dog --adapter dog/adapter.safetensors --guidance-scale 3 --negative-prompt cat"
-    )
-    assert run(f"generate {words} --output one.png") == 0
+    guide = OWN_GUIDANCE.get(family, "guidance_scale")
+    words = f"--model {model} --prompt a_<c>_dog --adapter dog/adapter.safetensors --negative-prompt cat"
+    assert run(f"generate {words} --{guide.replace('_', '-')} 3 --output one.png") == 0
     assert run("generate --from one.png --output two.png") == 0
     assert "identical" in capsys.readouterr().err
     assert run("inspect --json one.png") == 0
     settings = json.loads(capsys.readouterr().out)["settings"]
-    assert (settings["guidance_scale"], settings["true_cfg_scale"], settings["negative_prompt"]) == (3.0, 1.0, "cat")
+    other = ({"guidance_scale", "true_cfg_scale"} - {guide}).pop()
+    assert (settings[guide], settings[other], settings["negative_prompt"]) == (3.0, 1.0, "cat")
     assert run(f"generate --model {model} --prompt a_<c>_dog --output base.png") == 0
     with Image.open("one.png") as one, Image.open("base.png") as base:
         assert one.tobytes() != base.tobytes()
@@ -62,10 +65,11 @@ def test_train_generate_and_the_rest(
 
 
 def test_blend(run: Run, model: str, family: str, desk: Path) -> None:
+    guide = OWN_GUIDANCE.get(family, "guidance_scale")
     line = (
         f"blend --model {model} --content dog.png --content-prompt a_<c>_dog --style ink.png --style-prompt a_<s>_cat "
         "--prompt a_<c>_dog_in_<s> --max-train-steps 2 --learning-rate 0.1 --content-weights 0 1 --style-weights 0 1 "
-        "--guidance-scale 2.5 --negative-prompt cat --output out"
+        f"--{guide.replace('_', '-')} 2.5 --negative-prompt cat --output out"
     )
     assert run(line) == 0
     pictures = desk / "out" / "pictures"
@@ -74,11 +78,12 @@ def test_blend(run: Run, model: str, family: str, desk: Path) -> None:
     with Image.open(pictures / "merge-1-1.png") as corner, Image.open(pictures / "merged.png") as merged:
         assert corner.tobytes() == merged.tobytes() != base.tobytes()
     report = json.loads((desk / "out" / "report.json").read_text())
-    assert report["settings"]["guidance_scale"] == 2.5
+    assert report["settings"][guide] == 2.5
     assert read_adapter(desk / "out" / "merged.safetensors").component == COMPONENTS[family]
     assert run("generate --from out/pictures/merge-1-1.png --output again.png") == 0
 
 
+@only_usual
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -95,6 +100,7 @@ def test_settings_that_mean_nothing_are_told(
     assert expected.format(family) in capsys.readouterr().err
 
 
+@only_usual
 @pytest.mark.filterwarnings("default:guidance_scale=3.5 has no effect")
 def test_a_guidance_embedding_that_is_not_there_is_told(
     run: Run, model: str, family: str, capsys: pytest.CaptureFixture[str]

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image, ImageChops
 
+from qrlora.adapter import attach_adapter
 from qrlora.cli import main
 from qrlora.errors import QrloraWarning
-from qrlora.models import LoadedModel
+from qrlora.formats import read_adapter
+from qrlora.models import LoadedModel, load_pipeline
 from qrlora.training import train
 from qrlora.training.card import MARK, CardFacts, card_text
+from tests.tiny_newer import save_flux2_klein
 from tests.training.conftest import MakeConfig
 
 
@@ -134,7 +138,6 @@ def test_a_file_that_is_more_than_a_lora_is_said_to_be(
 
 def test_the_base_is_named_as_it_can_be_found(make_config: MakeConfig, model: LoadedModel) -> None:
     """A hub id in the metadata and the code; the base that comes with qrlora by its path."""
-    from dataclasses import replace
 
     from qrlora import starter
     from qrlora.adapter import AdapterSpec, adapter_of, add_adapter, remove_adapter
@@ -157,3 +160,20 @@ def test_the_base_is_named_as_it_can_be_found(make_config: MakeConfig, model: Lo
     embedded = card_text(CardFacts(config, replace(model, source=str(starter.path())), adapter, captions, []))
     assert "from_pretrained(starter.path(), " in embedded
     assert "--model" not in embedded
+
+
+def test_klein_is_told_what_it_is_guided_away_from_as_embeddings(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    klein = load_pipeline(save_flux2_klein(tmp_path / "klein"))
+    negative = klein.defaults.model_copy(update={"negative_prompt": "a dog"})
+    config = make_config(model=str(tmp_path / "klein"))
+    train(config, loaded=replace(klein, defaults=negative), progress=False)
+    monkeypatch.chdir(tmp_path / "out")
+    code = _code(_card(tmp_path / "out"), "python").replace("PATH/TO/tiny-flux2-klein", str(tmp_path / "klein"))
+    exec(code.replace(").images", ", generator=torch.Generator().manual_seed(3)).images"), {})
+    attach_adapter(klein.denoiser, read_adapter("adapter.safetensors"), "content")
+    (ours,) = klein.family.generate(klein.pipeline, ["a <c> dog"], seeds=[3], **negative.model_dump())
+    with Image.open("picture.png") as made:
+        differences = ImageChops.difference(made.convert("RGB"), ours).getextrema()
+    assert max(high for _, high in differences) <= 1

@@ -5,6 +5,7 @@ products, unpacking 4 bits) make up the rest.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,22 @@ from qrlora.training import GIB as GIB_OF
 from qrlora.training import TrainConfig, estimate, fitting_memory, train
 from qrlora.training.estimate import CONTEXT_BYTES
 from qrlora.training.memory import preset
+from tests.tiny_newer import save_flux2_klein, save_qwen_image, save_z_image
 from tests.tiny_pipelines import save_sd3, save_sdxl
 from tests.training.measured import measured_encoding, measured_step
 
 # torchao and bitsandbytes, of missing kernels
 pytestmark = pytest.mark.filterwarnings("ignore")
 GIB = 2**30
+SAVE: dict[str, Callable[[Path], Path]] = {
+    "sd3": save_sd3,
+    "sdxl": save_sdxl,
+    "flux2-klein": save_flux2_klein,
+    "qwen-image": save_qwen_image,
+    "z-image": save_z_image,
+}
+# What no setting makes fit.
+TOO_SMALL = {"flux2-dev": ("6gb", "8gb")}
 LARGE_BATCH = {"train_batch_size": 16}
 # Of the embedded base: 36 MB of weights in fp32, and activations that grow with the batch.
 CASES: dict[str, dict[str, Any]] = {
@@ -85,13 +96,23 @@ def test_a_training_step_takes_what_was_estimated(case: str, picture: Path, monk
 
 @pytest.mark.parametrize(
     ("family", "more"),
-    [("sd3", {}), ("sd3", {"gradient_checkpointing": True}), ("sdxl", {}), ("sdxl", {"offload": "blocks"})],
+    [
+        ("sd3", {}),
+        ("sd3", {"gradient_checkpointing": True}),
+        ("sdxl", {}),
+        ("sdxl", {"offload": "blocks"}),
+        ("flux2-klein", {}),
+        ("qwen-image", {}),
+        ("z-image", {"gradient_checkpointing": True}),
+    ],
 )
 def test_so_it_is_for_every_family(
     family: str, more: dict[str, Any], picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = (save_sd3 if family == "sd3" else save_sdxl)(tmp_path / family)
-    found = ratio(config_for(model, picture, train_batch_size=64, **{"adapter.rank": 4}, **more), monkeypatch)
+    model = SAVE[family](tmp_path / family)
+    # A caption as long as can be: where short ones take less, that is what is counted.
+    values = {"train_batch_size": 64, "adapter.rank": 4, "instance_prompt": "a dog" * 20, **more}
+    found = ratio(config_for(model, picture, **values), monkeypatch)
     assert 0.9 < found < 1.1, found
 
 
@@ -120,10 +141,11 @@ def test_flux_dev_within_nine_and_six_gib() -> None:
 def test_every_preset_fits_its_card(resolution: str) -> None:
     results = json.loads(Path("benchmarks/results/memory.json").read_text(encoding="utf-8"))
     for model, rows in results["memory"][resolution].items():
+        denoiser = read_blueprint(model).denoiser
         assert [row["memory"] for row in rows] == list(GIB_OF)
         for row in rows:
-            assert row["settings"] == preset(row["memory"], read_blueprint(model).denoiser)
-            if (size := GIB_OF[row["memory"]]) is not None:
+            assert row["settings"] == preset(row["memory"], denoiser)
+            if (size := GIB_OF[row["memory"]]) is not None and row["memory"] not in TOO_SMALL.get(model, ()):
                 assert row["peak"] < size * GIB, (model, row["memory"])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import Flux2Pipeline, FluxPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -17,9 +17,11 @@ from qrlora.data import encode_examples, load_examples
 from qrlora.models import family_of
 from qrlora.training import TrainConfig
 from qrlora.training.objective import draw, level_weights, loss_of
+from tests.tiny_newer import flux2_klein_pipeline, flux2_pipeline, qwen_image_pipeline, sd15_pipeline, z_image_pipeline
 from tests.tiny_pipelines import flux_pipeline, sd3_pipeline, sdxl_pipeline
 
 GUIDANCE, GAMMA = 2.5, 5.0
+CAPTIONS = {"a": "a photo of a", "b": "a picture of b, but at some length"}
 KINDS: dict[str, Callable[[], Any]] = {
     "flux-dev": lambda: flux_pipeline(guidance_embeds=True),
     "flux-schnell": flux_pipeline,
@@ -29,7 +31,14 @@ KINDS: dict[str, Callable[[], Any]] = {
     "sdxl": sdxl_pipeline,
     "sdxl-v": lambda: sdxl_pipeline(prediction="v_prediction"),
     "sdxl-v-zero-snr": lambda: sdxl_pipeline(prediction="v_prediction", zero_snr=True),
+    "sd15": sd15_pipeline,
+    "flux2-dev": flux2_pipeline,
+    "flux2-klein": flux2_klein_pipeline,
+    "qwen-image": qwen_image_pipeline,
+    "z-image": z_image_pipeline,
 }
+SHIFTS = {"sd3": 3, "z-image": 6}
+TOKENS = {"sdxl": 77, "sd15": 77, "flux": 16, "sd3": 16}
 
 
 def flux_prediction(pipeline: Any, noisy: Tensor, sigma: Tensor, rows: list[Any]) -> Tensor:
@@ -52,29 +61,92 @@ def sd3_prediction(pipeline: Any, noisy: Tensor, sigma: Tensor, rows: list[Any])
     return pipeline.transformer(noisy, embeds, pooled, 1000 * sigma).sample
 
 
-def flow_loss(pipeline: Any, clean: Tensor, noise: Tensor, index: Tensor, rows: list[Any]) -> Tensor:
+def flux2_prediction(pipeline: Any, noisy: Tensor, sigma: Tensor, rows: list[Any]) -> Tensor:
+    transformer = pipeline.transformer
+    embeds, text_ids = pipeline.encode_prompt(rows, max_sequence_length=64)
+    ids = pipeline._prepare_latent_ids(noisy)
+    tokens = transformer(
+        hidden_states=pipeline._pack_latents(noisy),
+        encoder_hidden_states=embeds,
+        timestep=sigma,
+        img_ids=ids,
+        txt_ids=text_ids,
+        guidance=torch.full_like(sigma, GUIDANCE) if transformer.config.guidance_embeds else None,
+    ).sample
+    return pipeline._unpack_latents_with_ids(tokens, ids)
+
+
+def qwen_image_prediction(pipeline: Any, noisy: Tensor, sigma: Tensor, rows: list[Any]) -> Tensor:
+    embeds, mask = pipeline.encode_prompt(rows, max_sequence_length=64)
+    tokens = pipeline.transformer(
+        hidden_states=pipeline._pack_latents(noisy, len(noisy), 4, 4, 4),
+        encoder_hidden_states=embeds,
+        encoder_hidden_states_mask=mask,
+        timestep=sigma,
+        img_shapes=[[(1, 2, 2)]] * len(noisy),
+    ).sample
+    return pipeline._unpack_latents(tokens, 32, 32, 8)[:, :, 0]
+
+
+def z_image_prediction(pipeline: Any, noisy: Tensor, sigma: Tensor, rows: list[Any]) -> Tensor:
+    """Time runs from noise to clean, and so does the direction that comes out."""
+    texts, _ = pipeline.encode_prompt(rows, do_classifier_free_guidance=False, max_sequence_length=64)
+    pictures = pipeline.transformer([each[:, None] for each in noisy], 1 - sigma, texts).sample
+    return -torch.cat([each[None, :, 0] for each in pictures])
+
+
+PREDICTIONS: dict[str, Callable[..., Tensor]] = {
+    "flux": flux_prediction,
+    "sd3": sd3_prediction,
+    "flux2": flux2_prediction,
+    "flux2-klein": flux2_prediction,
+    "qwen-image": qwen_image_prediction,
+    "z-image": z_image_prediction,
+}
+
+
+def flow_loss(name: str, pipeline: Any, clean: Tensor, noise: Tensor, index: Tensor, rows: list[Any]) -> Tensor:
     """arXiv 2403.03206, equation 13 with uniform weights: x_s = (1 - s) x_0 + s e, v = e - x_0."""
     sigma = (1000 - index.double()) / 1000
-    flux = isinstance(pipeline, FluxPipeline)
-    if not flux:
-        sigma = 3 * sigma / (1 + 2 * sigma)
+    shift = SHIFTS.get(name, 1)
+    sigma = shift * sigma / (1 + (shift - 1) * sigma)
     s = sigma[:, None, None, None]
-    predict = flux_prediction if flux else sd3_prediction
-    return (predict(pipeline, (1 - s) * clean + s * noise, sigma, rows) - (noise - clean)).square().mean()
+    predicted = PREDICTIONS[name](pipeline, (1 - s) * clean + s * noise, sigma, rows)
+    return (predicted - (noise - clean)).square().mean()
 
 
-def sdxl_loss(pipeline: Any, clean: Tensor, noise: Tensor, index: Tensor, rows: list[Any], time_ids: Tensor) -> Tensor:
+def latents_of(name: str, pipeline: Any, pixels: Tensor) -> Tensor:
+    """As the denoiser wants them."""
+    vae, config = pipeline.vae, pipeline.vae.config
+    if name == "qwen-image":  # videos of one frame; mean and deviation by channel
+        latents = vae.encode(pixels.unsqueeze(2)).latent_dist.mode().squeeze(2)
+        mean, deviation = (torch.tensor(config[f"latents_{each}"])[:, None, None] for each in ("mean", "std"))
+        return (latents - mean) / deviation
+    latents = vae.encode(pixels).latent_dist.mode()
+    if name.startswith("flux2"):  # a batch norm without a weight, on patches
+        norm = torch.nn.functional.batch_norm
+        patches = Flux2Pipeline._patchify_latents(latents)
+        return norm(patches, vae.bn.running_mean, vae.bn.running_var, eps=config.batch_norm_eps)
+    return (latents - (config.shift_factor or 0)) * config.scaling_factor
+
+
+def unet_loss(
+    pipeline: Any, clean: Tensor, noise: Tensor, index: Tensor, rows: list[Any], time_ids: Tensor | None
+) -> Tensor:
     """arXiv 2006.11239, equation 12; v by arXiv 2202.00512; Min-SNR by arXiv 2303.09556."""
     config = pipeline.scheduler.config
     v = config.prediction_type == "v_prediction"
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     root = (1 - betas).cumprod(0).sqrt()
-    if config.rescale_betas_zero_snr:
+    if config.get("rescale_betas_zero_snr"):
         root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     step = 999 - index
     signal, spread = (part[step][:, None, None, None] for part in (root, (1 - root**2).sqrt()))
-    embeds, _, pooled, _ = pipeline.encode_prompt(rows, do_classifier_free_guidance=False)
-    told = {"text_embeds": pooled, "time_ids": time_ids}
+    if time_ids is None:
+        embeds, told = pipeline.encode_prompt(rows, "cpu", 1, False)[0], None
+    else:
+        embeds, _, pooled, _ = pipeline.encode_prompt(rows, do_classifier_free_guidance=False)
+        told = {"text_embeds": pooled, "time_ids": time_ids}
     predicted = pipeline.unet(signal * clean + spread * noise, step, embeds, added_cond_kwargs=told).sample
     error = (predicted - (signal * noise - spread * clean if v else noise)).square().mean(dim=(1, 2, 3))
     snr = (signal / spread).square().flatten()
@@ -97,23 +169,25 @@ def pictures(tmp_path: Path) -> Path:
     generator = np.random.default_rng(0)
     for name, width in (("a", 41), ("b", 50)):
         Image.fromarray(generator.integers(0, 256, (36, width, 3), np.uint8)).save(tmp_path / f"{name}.png")
-        (tmp_path / f"{name}.txt").write_text(f"a photo of {name}")
+        (tmp_path / f"{name}.txt").write_text(CAPTIONS[name])
     return tmp_path
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_is_its_formula(kind: str, pictures: Path) -> None:
     pipeline = KINDS[kind]()
-    family, sdxl = family_of(pipeline), kind.startswith("sdxl")
+    family, unet = family_of(pipeline), kind.startswith(("sdxl", "sd15"))
     examples = load_examples(pictures, None, 32)
-    encoded = encode_examples(examples, family, pipeline, max_sequence_length=77 if sdxl else 16, random_flip=True)
+    encoded = encode_examples(
+        examples, family, pipeline, max_sequence_length=TOKENS.get(family.name, 64), random_flip=True
+    )
     config = TrainConfig.parse(
         {
             "instance_data_dir": str(pictures),
             "output_dir": "out",
             "train_batch_size": 16,
             "guidance_scale": GUIDANCE,
-            "snr_gamma": GAMMA if sdxl else None,
+            "snr_gamma": GAMMA if unet else None,
         }
     )
     process = family.noise_process(pipeline)
@@ -128,17 +202,18 @@ def test_the_loss_is_its_formula(kind: str, pictures: Path) -> None:
     double = in_double(pipeline)
     pixels = torch.stack([example.pixels for example in examples])
     pixels = torch.cat([pixels, pixels.flip(-1)]).double()
-    vae = double.vae.config
     with torch.no_grad():
-        latents = (double.vae.encode(pixels).latent_dist.mode() - (vae.shift_factor or 0)) * vae.scaling_factor
+        latents = latents_of(family.name, double, pixels)
         given = (latents[drawn.rows], drawn.noise.double(), drawn.index)
-        captions = [("a photo of a", "a photo of b")[row % 2] for row in drawn.rows.tolist()]
-        if sdxl:
+        captions = [list(CAPTIONS.values())[row % 2] for row in drawn.rows.tolist()]
+        if family.name == "sdxl":
             # rows and columns of the file, of the corner in the square's scale (32 / 36), of the target
             corners = ((41, 2), (50, 6), (41, 3), (50, 6))
             time_ids = torch.tensor([[36, width, 0, left, 32, 32] for width, left in corners])
             assert encoded.groups[0].picture_conditioning["time_ids"].tolist() == time_ids.tolist()
-            expected = sdxl_loss(double, *given, captions, time_ids[drawn.rows].double())
+            expected = unet_loss(double, *given, captions, time_ids[drawn.rows].double())
+        elif unet:
+            expected = unet_loss(double, *given, captions, None)
         else:
-            expected = flow_loss(double, *given, captions)
+            expected = flow_loss(family.name, double, *given, captions)
     torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=0)

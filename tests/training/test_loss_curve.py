@@ -16,7 +16,7 @@ from benchmarks.loss_curve import GIVEN, LIKE_OURS, SCHEDULED, SCRIPT, WINDOW, n
 from qrlora import starter
 from qrlora.models import LoadedModel, load_pipeline
 from qrlora.training import run as running
-from qrlora.training import train
+from qrlora.training import split, train
 
 STEPS = WINDOW
 
@@ -37,14 +37,14 @@ def _prefix(
     model: LoadedModel, settings: dict[str, Any], steps: int, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[float], str]:
     """Our first losses, and a hash of the noise levels drawn for them (whole numbers, the same on every machine)."""
-    digest, real = hashlib.sha256(), running.draw
+    digest, real = hashlib.sha256(), split.draw
 
-    def spy(*given: Any) -> Any:
-        drawn = real(*given)
+    def spy(*given: Any, **named: Any) -> Any:
+        drawn = real(*given, **named)
         digest.update(drawn.index.numpy().tobytes())
         return drawn
 
-    monkeypatch.setattr(running, "draw", spy)
+    monkeypatch.setattr(split, "draw", spy)
     config = own_config(settings | {"max_train_steps": steps}, 0, output)
     return train(config, loaded=model, progress=False).losses, digest.hexdigest()
 

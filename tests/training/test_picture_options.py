@@ -14,8 +14,7 @@ from qrlora.errors import QrloraError
 from qrlora.formats import read_safetensors
 from qrlora.models import LoadedModel
 from qrlora.models.sdxl import StableDiffusionXL
-from qrlora.training import Interrupted, TrainConfig, train
-from qrlora.training import run as running
+from qrlora.training import Interrupted, TrainConfig, split, train
 from tests.training.conftest import MakeConfig
 
 
@@ -102,14 +101,14 @@ def test_crops_are_drawn_among_those_cached(
     make_config: MakeConfig, model: LoadedModel, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[int] = []
-    real = running.draw
+    real = split.draw
 
     def spy(*given: Any, **more: Any) -> Any:
         drawn = real(*given, **more)
         rows.extend(drawn.rows.tolist())
         return drawn
 
-    monkeypatch.setattr(running, "draw", spy)
+    monkeypatch.setattr(split, "draw", spy)
     options = {"center_crop": False, "random_crops": 3, "random_flip": True, "max_train_steps": 60}
     _run(make_config(instance_data_dir=str(shapes), **options), model)
     # 4 pictures, each in 3 crops plain and mirrored; 120 draws

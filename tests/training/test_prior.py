@@ -165,6 +165,21 @@ def test_resumed_is_uninterrupted(make_prior: MakeConfig, model: LoadedModel, tm
     assert one.read_bytes() == kept
 
 
+def test_class_pictures_of_several_sizes_are_not_laid_together(
+    make_prior: MakeConfig, model: LoadedModel, pictures: Path, tmp_path: Path
+) -> None:
+    """Where instance pictures are of one size, so that theirs could be."""
+    (tmp_path / "class").mkdir()
+    Image.new("RGB", (32, 48)).save(tmp_path / "class" / "tall.png")
+    options = {"aspect_ratio_buckets": "32,32;48,32", "instance_data_dir": str(pictures / "a.png")}
+    options |= {"instance_prompt": "a <c> dog", "max_train_steps": 2, "checkpointing_steps": 1}
+    Image.new("RGB", (32, 32)).save(pictures / "a.png")
+    _run(make_prior(**options, train_batch_size=1, gradient_accumulation_steps=2), model)
+    (tmp_path / "out" / "adapter.safetensors").unlink()
+    with pytest.raises(QrloraError, match="train_batch_size=2 would lay batches of 1 together"):
+        _run(make_prior(**options, train_batch_size=2, resume=str(tmp_path / "out" / "checkpoint-2")), model)
+
+
 CHILD = """
 import os, signal, sys
 from qrlora.training import TrainConfig, train

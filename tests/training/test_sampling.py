@@ -17,17 +17,16 @@ def _config(**changes: Any) -> TrainConfig:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 7), st.integers(1, 5), st.integers(1, 3), st.integers(1, 2), st.integers(0, 100))
-def test_every_picture_is_seen_equally_often(count: int, batch: int, accumulation: int, world: int, seed: int) -> None:
+@given(st.integers(1, 7), st.integers(1, 5), st.integers(1, 3), st.integers(0, 100))
+def test_every_picture_is_seen_equally_often(count: int, batch: int, accumulation: int, seed: int) -> None:
     config = _config(train_batch_size=batch, gradient_accumulation_steps=accumulation, seed=seed)
     seen = [
         row
         for step in range(count)
         for micro in range(accumulation)
-        for process in range(world)
-        for row in picture_rows(config, [count], step, micro, process, world)[1]
+        for row in picture_rows(config, [count], step, micro)[1]
     ]
-    assert np.bincount(seen, minlength=count).tolist() == [batch * accumulation * world] * count
+    assert np.bincount(seen, minlength=count).tolist() == [batch * accumulation] * count
 
 
 @settings(max_examples=20, deadline=None)
@@ -40,7 +39,7 @@ def test_one_size_goes_through_one_permutation_after_another(count: int, batch: 
         generator = torch.Generator().manual_seed(stream(seed, 2, epoch))
         order += torch.randperm(count, generator=generator).tolist()
     for step in range(4 * count):
-        assert picture_rows(config, [count], step, 0, 0, 1) == (0, order[step * batch : (step + 1) * batch])
+        assert picture_rows(config, [count], step, 0) == (0, order[step * batch : (step + 1) * batch])
 
 
 @settings(max_examples=40, deadline=None)
@@ -48,12 +47,11 @@ def test_one_size_goes_through_one_permutation_after_another(count: int, batch: 
     st.lists(st.integers(1, 6), min_size=1, max_size=5),
     st.integers(1, 4),
     st.integers(1, 3),
-    st.integers(1, 2),
     st.booleans(),
     st.integers(0, 2**62),
 )
 def test_sizes_take_turns_in_proportion_to_their_pictures(
-    counts: list[int], batch: int, repeats: int, world: int, of_class: bool, seed: int
+    counts: list[int], batch: int, repeats: int, of_class: bool, seed: int
 ) -> None:
     config = _config(train_batch_size=batch, repeats=repeats, seed=seed)
     each = 1 if of_class else repeats
@@ -61,8 +59,7 @@ def test_sizes_take_turns_in_proportion_to_their_pictures(
     seen: Counter[tuple[int, int]] = Counter()
     turns: Counter[int] = Counter()
     for slot in range(2 * cycle):
-        step, process = divmod(slot, world)
-        group, rows = picture_rows(config, counts, step, 0, process, world, of_class=of_class)
+        group, rows = picture_rows(config, counts, slot, 0, of_class=of_class)
         assert len(rows) == batch
         turns[group] += 1
         seen.update((group, row) for row in rows)
@@ -77,8 +74,8 @@ def test_sizes_take_turns_in_proportion_to_their_pictures(
 
 
 def test_repeats_shuffle_several_copies_together() -> None:
-    once = [picture_rows(_config(), [3], step, 0, 0, 1)[1][0] for step in range(300)]
-    thrice = [picture_rows(_config(repeats=3), [3], step, 0, 0, 1)[1][0] for step in range(300)]
+    once = [picture_rows(_config(), [3], step, 0)[1][0] for step in range(300)]
+    thrice = [picture_rows(_config(repeats=3), [3], step, 0)[1][0] for step in range(300)]
     assert all(sorted(once[start : start + 3]) == [0, 1, 2] for start in range(0, 300, 3))
     assert all(Counter(thrice[start : start + 9]) == Counter({0: 3, 1: 3, 2: 3}) for start in range(0, 297, 9))
     assert any(sorted(thrice[start : start + 3]) != [0, 1, 2] for start in range(0, 300, 3))
@@ -86,11 +83,11 @@ def test_repeats_shuffle_several_copies_together() -> None:
 
 def test_class_pictures_have_an_order_of_their_own() -> None:
     config = _config(train_batch_size=20)
-    assert picture_rows(config, [20], 0, 0, 0, 1) != picture_rows(config, [20], 0, 0, 0, 1, of_class=True)
-    many = [picture_rows(config, [2, 3], step, 0, 0, 1) for step in range(20)]
-    assert many == [picture_rows(config, [2, 3], step, 0, 0, 1) for step in range(20)]
-    assert many != [picture_rows(config, [2, 3], step, 0, 0, 1, of_class=True) for step in range(20)]
-    assert many != [picture_rows(_config(train_batch_size=20, seed=1), [2, 3], step, 0, 0, 1) for step in range(20)]
+    assert picture_rows(config, [20], 0, 0) != picture_rows(config, [20], 0, 0, of_class=True)
+    many = [picture_rows(config, [2, 3], step, 0) for step in range(20)]
+    assert many == [picture_rows(config, [2, 3], step, 0) for step in range(20)]
+    assert many != [picture_rows(config, [2, 3], step, 0, of_class=True) for step in range(20)]
+    assert many != [picture_rows(_config(train_batch_size=20, seed=1), [2, 3], step, 0) for step in range(20)]
 
 
 def test_streams_differ() -> None:

@@ -27,8 +27,8 @@ from qrlora.formats import Adapter, read_adapter
 from qrlora.models import LoadedModel, load_pipeline
 from qrlora.training import Interrupted, TrainConfig, train
 from qrlora.training import run as running
-from qrlora.training.setup import ADAPTER_NAME, Place
-from qrlora.training.words import Words, trained_encoders
+from qrlora.training.setup import ADAPTER_NAME
+from qrlora.training.words import Words
 from tests.adapter.test_text_encoders import ENCODERS, adapt, close, latents
 from tests.training.conftest import MakeConfig
 
@@ -400,9 +400,6 @@ def test_other_encoders_are_another_run(tiny_flux: Path, make: Make) -> None:
 
 def test_where_no_encoder_can_be_trained(tiny_flux: Path, make: Make) -> None:
     model = load_pipeline(tiny_flux)
-    place = Place(torch.device("cpu"), False, 0, 2)
-    with pytest.raises(QrloraError, match="trains in one process, and there are 2"):
-        trained_encoders(make(), model, place)
     model.pipeline.text_encoder = None
     with pytest.raises(QrloraError, match=r"tiny-flux \(flux\) has no text_encoder to train"):
         run(make(), model)

@@ -13,7 +13,7 @@ from qrlora.adapter import AdapterSpec, add_adapter, attach_adapter, remove_adap
 from qrlora.errors import QrloraError
 from qrlora.formats import read_adapter
 from qrlora.models import LoadedModel
-from qrlora.training import Interrupted, TrainConfig, train
+from qrlora.training import Interrupted, TrainConfig, split, train
 from qrlora.training import run as running
 from tests.training.conftest import MakeConfig
 
@@ -84,14 +84,14 @@ def test_the_first_loss_is_the_base_models(make_config: MakeConfig, model: Loade
 def test_accumulation_is_a_larger_batch(make_config: MakeConfig, model: LoadedModel, pictures: Path) -> None:
     """With one draw for everything (patched), 2 x 3 items and 6 items give the same gradient."""
     drawn: list[tuple[int, int]] = []
-    real = running.draw
+    real = split.draw
 
-    def spy(config: TrainConfig, encoded: Any, table: Any, step: int, micro: int, *rest: int) -> Any:
+    def spy(config: TrainConfig, encoded: Any, table: Any, step: int, micro: int, **named: Any) -> Any:
         drawn.append((step, micro))
-        return real(config, encoded, table, step, micro, *rest)
+        return real(config, encoded, table, step, micro, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "draw", spy)
+        patch.setattr(split, "draw", spy)
         train(make_config(max_train_steps=2, gradient_accumulation_steps=3), loaded=model, progress=False)
     assert drawn == [(step, micro) for step in range(2) for micro in range(3)]
 

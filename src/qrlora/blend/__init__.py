@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qrlora.blend.config import BlendConfig
 
 if TYPE_CHECKING:
+    from qrlora.blend.batches import Wish, paint_wishes, picture_names, read_wishes
     from qrlora.blend.job import BlendResult, blend
     from qrlora.blend.painter import Painter, Picture, choose_place, load_painter, settings_of
     from qrlora.blend.provenance import AdapterUse, Provenance, RunTime, read_provenance
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AdapterUse": "provenance",
+    "Wish": "batches",
     "BlendResult": "job",
     "Cell": "sheet",
     "DrawnUsage": "usage",
@@ -36,7 +38,10 @@ _HOMES = {
     "draw_usage": "usage",
     "drift_prompts": "trial",
     "load_painter": "painter",
+    "paint_wishes": "batches",
+    "picture_names": "batches",
     "read_provenance": "provenance",
+    "read_wishes": "batches",
     "read_samples": "samples",
     "reference_samples": "samples",
     "settings_of": "painter",
@@ -57,6 +62,7 @@ __all__ = [
     "Read",
     "RunTime",
     "Trial",
+    "Wish",
     "blend",
     "choose_place",
     "draw_sheet",
@@ -64,8 +70,11 @@ __all__ = [
     "draw_usage",
     "drift_prompts",
     "load_painter",
+    "paint_wishes",
+    "picture_names",
     "read_provenance",
     "read_samples",
+    "read_wishes",
     "reference_samples",
     "settings_of",
     "trained_captions",

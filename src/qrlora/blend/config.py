@@ -50,14 +50,14 @@ class BlendConfig(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the training and of every picture."""
 
-    content_weights: Weights = (0.0, 0.5, 0.75, 1.0)
-    """Rows of the sheet."""
-    style_weights: Weights = (0.0, 0.5, 0.75, 1.0)
-    """Columns of the sheet."""
-    content_weight: float = 1.0
-    """Weight of the content in merged.safetensors."""
-    style_weight: float = 1.0
-    """Weight of the style in merged.safetensors."""
+    content_weights: Weights | None = None
+    """Rows of the sheet. None is the model's own choice, else 0 0.5 0.75 1."""
+    style_weights: Weights | None = None
+    """Columns of the sheet. None is the model's own choice (the embedded base: 0 0.7 1 1.4), else 0 0.5 0.75 1."""
+    content_weight: float | None = None
+    """Weight of the content in merged.safetensors. None is the model's own choice, else 1."""
+    style_weight: float | None = None
+    """Weight of the style in merged.safetensors. None is the model's own choice (the embedded base: 1.4), else 1."""
     content_blocks: str | None = None
     """The part of the network the content may change, such as splitflux-content or b-lora-content: trained there alone,
     unless its --content-config says adapter.blocks, and used there alone."""
@@ -126,13 +126,17 @@ class BlendConfig(BaseModel):
                     "numbers from 0 (clean) to 1000 (pure noise), the lower one first."
                 )
         for name in ("content_weights", "style_weights", "sweep_weights"):
-            weights: Weights = getattr(self, name)
+            weights: Weights | None = getattr(self, name)
+            if weights is None:
+                continue
             if not weights:
                 raise QrloraError(f"--{name.replace('_', '-')} is empty; give at least one weight.")
             if len(set(weights)) != len(weights):
                 raise QrloraError(f"--{name.replace('_', '-')} names a weight twice.")
         for name in ("content_weight", "style_weight", "content_weights", "style_weights", "sweep_weights"):
             value = getattr(self, name)
+            if value is None:
+                continue
             if not all(math.isfinite(weight) for weight in (value if isinstance(value, tuple) else (value,))):
                 raise QrloraError(f"--{name.replace('_', '-')} must be finite, such as 0.9.")
         return self

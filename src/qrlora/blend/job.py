@@ -31,6 +31,7 @@ from qrlora.blend.roles import (
 )
 from qrlora.blend.sheet import Cell, Grid, draw_sheet, span
 from qrlora.blend.sweep import draw_sweep
+from qrlora.blend.weights import BlendWeights, weights_of
 from qrlora.errors import QrloraWarning
 from qrlora.formats import Adapter, read_adapter
 from qrlora.merging import WHOLE, NormWarning, merge, merge_options, restricted
@@ -101,7 +102,7 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
     with clock.phase("load"):
         memory = agree_on_memory(config, parts)
         model = loaded if loaded is not None else _load(config, parts, memory)
-    settings = settings_of(config, model.defaults, model.family)
+    settings, weights = settings_of(config, model.defaults, model), weights_of(config, model)
     fill_trainings(parts, model)
     check_plan(config, parts, model, settings)
     painter = Painter(model, config.model, settings)
@@ -112,7 +113,7 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
             trained[role] = train_part(parts[role], model, progress=progress)
     with clock.phase("merge"):
         adapters: dict[Role, Adapter] = {role: _single(config, parts[role]) for role in ROLES}
-        merged, note = _merge(config, adapters, model)
+        merged, note = _merge(config, weights, adapters, model)
         files: dict[Role, Path] = {role: output / f"{role}.safetensors" for role in ROLES}
         for role in ROLES:
             _write_role(config, parts[role], adapters[role], files[role])
@@ -122,7 +123,7 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
         else:
             merged_file = merged.save(output / "merged.safetensors")
         if config.timesteps():
-            _warn_of_all_timesteps(config)
+            _warn_of_all_timesteps(config, weights)
     attached: list[str] = []
     forget_pictures(output)
     _say(progress, "pictures")
@@ -131,7 +132,7 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
             for role in ROLES:
                 painter.attach(role, files[role])
                 attached.append(role)
-            sheet = _draw(config, painter, parts, prompt, _subtitle(config, model, adapters, note))
+            sheet = _draw(config, weights, painter, parts, prompt, _subtitle(config, model, adapters, note))
     finally:
         for name in attached:
             painter.detach(name)
@@ -148,12 +149,13 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
     whole = {}
     if merged is not None and merged_file is not None:
         made_by = f"{note}; acts at all timesteps" if config.timesteps() else note
-        weights = {"content": config.content_weight, "style": config.style_weight}
-        whole = {"merged": adapter_report(merged, merged_file, None, made_by, prompt) | {"weights": weights}}
+        used = {"content": weights.content, "style": weights.style}
+        whole = {"merged": adapter_report(merged, merged_file, None, made_by, prompt) | {"weights": used}}
     report = write_report(
         output / "report.json",
         seconds=clock.seconds,
         config=config,
+        weights=weights,
         prompt=prompt,
         painter=painter,
         parts={**reported, **whole},
@@ -161,10 +163,10 @@ def blend(config: BlendConfig, *, loaded: LoadedModel | None = None, progress: b
     return BlendResult(files["content"], files["style"], merged_file, sheet, sweep, report, clock.seconds)
 
 
-def _warn_of_all_timesteps(config: BlendConfig) -> None:
-    weights = {"content": config.content_weight, "style": config.style_weight}
+def _warn_of_all_timesteps(config: BlendConfig, weights: BlendWeights) -> None:
+    used = {"content": weights.content, "style": weights.style}
     ranges = {role: f"@{span(bounds)}" for role, bounds in config.timesteps().items()}
-    given = [f"{config.output / role}.safetensors={weights[role]:g}{ranges.get(role, '')}" for role in ROLES]
+    given = [f"{config.output / role}.safetensors={used[role]:g}{ranges.get(role, '')}" for role in ROLES]
     warnings.warn(
         f"{config.output / 'merged.safetensors'} acts at all timesteps, since a file cannot carry ranges; the merge "
         f"within ranges is qrlora generate {' '.join(f'--adapter {shlex.quote(text)}' for text in given)}.",
@@ -204,7 +206,9 @@ def _single(config: BlendConfig, part: Part) -> Adapter:
     return adapter if blocks is None else restricted(adapter, blocks)
 
 
-def _merge(config: BlendConfig, adapters: dict[Role, Adapter], model: LoadedModel) -> tuple[Adapter | None, str]:
+def _merge(
+    config: BlendConfig, weights: BlendWeights, adapters: dict[Role, Adapter], model: LoadedModel
+) -> tuple[Adapter | None, str]:
     """The merge at the chosen weights, and in words how it was made. That it grew is said there, not warned of.
 
     None with a run-time method.
@@ -216,7 +220,7 @@ def _merge(config: BlendConfig, adapters: dict[Role, Adapter], model: LoadedMode
         warnings.simplefilter("always")
         merged = merge(
             [adapters[role] for role in ROLES],
-            [config.content_weight, config.style_weight],
+            [weights.content, weights.style],
             method=config.method,
             blocks=None if adapters["content"].layers.keys() == adapters["style"].layers.keys() else [WHOLE, WHOLE],
             **options,
@@ -238,30 +242,30 @@ def _write_role(config: BlendConfig, part: Part, adapter: Adapter, file: Path) -
         adapter.save(file)
 
 
-def _draw(config: BlendConfig, painter: Painter, parts: dict[Role, Part], prompt: str, subtitle: str) -> Path:
+def _draw(
+    config: BlendConfig, weights: BlendWeights, painter: Painter, parts: dict[Role, Part], prompt: str, subtitle: str
+) -> Path:
     """Every picture, saved one by one, then the sheet. The merged file's is without ranges of timesteps, as it is."""
     folder, made, ranges = config.output / "pictures", list[str](), config.timesteps()
     method = run_time_of(config)
     told = {role: f"at {span(bounds)}" for role, bounds in ranges.items()}
 
     def paint(name: str, text: str, content: float, style: float, *, ranged: bool = True) -> Image.Image:
-        weights = {"content": content, "style": style}
-        picture = painter.paint(text, config.seed, weights, ranges if ranged else None, method=method)
+        used = {"content": content, "style": style}
+        picture = painter.paint(text, config.seed, used, ranges if ranged else None, method=method)
         painter.save(picture, folder / f"{name}.png")
         made.append(f"pictures/{name}.png")
         return picture.image
 
     def cell(role: Role) -> Cell:
         text = parts[role].prompt or prompt
-        weights = (1.0, 0.0) if role == "content" else (0.0, 1.0)
-        return Cell(paint(role, text, *weights), f"{role} {told.get(role, 'alone')}", f'"{text}"')
+        alone = (1.0, 0.0) if role == "content" else (0.0, 1.0)
+        return Cell(paint(role, text, *alone), f"{role} {told.get(role, 'alone')}", f'"{text}"')
 
     grid = Grid(
-        pictures=[
-            [paint(f"merge-{c:g}-{s:g}", prompt, c, s) for s in config.style_weights] for c in config.content_weights
-        ],
-        row_labels=[f"{weight:g}" for weight in config.content_weights],
-        column_labels=[f"{weight:g}" for weight in config.style_weights],
+        pictures=[[paint(f"merge-{c:g}-{s:g}", prompt, c, s) for s in weights.styles] for c in weights.contents],
+        row_labels=[f"{weight:g}" for weight in weights.contents],
+        column_labels=[f"{weight:g}" for weight in weights.styles],
         row_title="content weight",
         column_title="style weight",
         heading=", ".join(["merge", *(f"{role} {text}" for role, text in told.items())]),
@@ -272,16 +276,16 @@ def _draw(config: BlendConfig, painter: Painter, parts: dict[Role, Part], prompt
         [
             Cell(paint("base", prompt, 0.0, 0.0), "base", f'"{prompt}"'),
             Cell(
-                paint("merged", prompt, config.content_weight, config.style_weight, ranged=False),
+                paint("merged", prompt, weights.content, weights.style, ranged=False),
                 "merged at all timesteps" if ranges else "merged" if method is None else method.name,
-                f"content {config.content_weight:g}, style {config.style_weight:g}",
+                f"content {weights.content:g}, style {weights.style:g}",
             ),
         ],
     ]
     sheet = draw_sheet(f'"{prompt}"', subtitle, cells, [grid])
     uses = [
-        (config.output / "content.safetensors", config.content_weight),
-        (config.output / "style.safetensors", config.style_weight),
+        (config.output / "content.safetensors", weights.content),
+        (config.output / "style.safetensors", weights.style),
     ]
     path = config.output / "blend.png"
     within = {config.output / f"{role}.safetensors": bounds for role, bounds in ranges.items()}

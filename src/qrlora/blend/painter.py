@@ -44,7 +44,7 @@ from qrlora.blend.provenance import (
 from qrlora.errors import QrloraError
 from qrlora.formats import Adapter, is_coefficients, read_adapter, read_coefficients, read_metadata
 from qrlora.merging import RunTimeRule, adapters_by_rule, run_time_rule
-from qrlora.models import Family, GenerationDefaults, LoadedModel
+from qrlora.models import GenerationDefaults, LoadedModel
 from qrlora.training import load_for
 from qrlora.training.config import Memory
 
@@ -82,12 +82,13 @@ def load_painter(model: str | None, device: str | None, memory: Memory | None = 
     return Painter(loaded, model, loaded.defaults)
 
 
-def settings_of(config: Any, defaults: GenerationDefaults, family: Family) -> GenerationDefaults:
-    """The model's generation settings with what `config` gives under the same names laid over them.
+def settings_of(config: Any, defaults: GenerationDefaults, model: LoadedModel) -> GenerationDefaults:
+    """Generation settings with what `config` gives under the same names laid over them.
 
     Raises:
-        QrloraError: a value that is not valid, or means nothing for the family, named as the option.
+        QrloraError: a value that is not valid, or means nothing for the model, named as the option.
     """
+    family = model.family
     given = {name: getattr(config, name, None) for name in GenerationDefaults.model_fields}
     given = {name: value for name, value in given.items() if value is not None}
     try:
@@ -97,12 +98,14 @@ def settings_of(config: Any, defaults: GenerationDefaults, family: Family) -> Ge
         option = str(problem["loc"][0]).replace("_", "-")
         raise QrloraError(f"--{option} {problem['input']} is not valid: {problem['msg']}.") from error
     with named_as_options():
-        family.check_settings(settings)
+        family.check_settings(model.pipeline, settings)
     if given.get("negative_prompt") and not family.uses_negative(settings):
-        guide = family.guided_by
+        guide, off = family.guided_by, family.guidance_off
+        if off == float("inf"):
+            raise QrloraError(f"--negative-prompt has no effect on {family.name}, which is not guided so; drop it.")
         raise QrloraError(
             f"--negative-prompt has no effect at a {guide} of {getattr(settings, guide)}; set "
-            f"--{guide.replace('_', '-')} above 1."
+            f"--{guide.replace('_', '-')} above {off:g}."
         )
     return settings
 
@@ -172,7 +175,7 @@ class Painter:
     def attach(self, name: str, path: Path) -> Adapter:
         """Read an adapter file (or peft folder) and put it on the model under `name`."""
         digest = file_hash(path)
-        adapter = self._read(path)
+        adapter = self.read(path)
         attach_to_pipeline(self.loaded.pipeline, adapter, name)
         try:
             self.loaded.settle()
@@ -187,7 +190,8 @@ class Painter:
         remove_from_pipeline(self.loaded.pipeline, name)
         del self._files[name]
 
-    def _read(self, path: Path) -> Adapter:
+    def read(self, path: Path) -> Adapter:
+        """An adapter file (or peft folder), whole, also where it holds coefficients alone; nothing is attached."""
         if path.is_file() and is_coefficients(read_metadata(path)):
             return resolve_coefficients(read_coefficients(path), self.loaded.denoiser)
         return read_adapter(path)

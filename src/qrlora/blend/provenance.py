@@ -68,6 +68,7 @@ class Provenance(BaseModel):
         device, dtype: where it was computed; other ones give the same picture up to rounding only.
         quantization: of the denoiser's weights; left out of the file where there is none.
         method: by which the adapters acted together, in their order; where there is none, left out, and they add up.
+        together: pictures in the batch in which `generate --jobs` drew it, rounding otherwise; left out elsewhere.
         versions: of the libraries that draw it.
     """
 
@@ -84,11 +85,12 @@ class Provenance(BaseModel):
     dtype: str
     quantization: str | None = None
     method: RunTime | None = None
+    together: int | None = None
     versions: dict[str, str] = {}
 
     @model_serializer(mode="wrap")
     def _without_blank(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(serialize(self), "quantization", "method")
+        return _without(serialize(self), "quantization", "method", "together")
 
 
 class SheetProvenance(BaseModel):

@@ -10,6 +10,7 @@ from qrlora.adapter import trained_size
 from qrlora.blend.config import BlendConfig
 from qrlora.blend.painter import Painter, library_versions
 from qrlora.blend.provenance import file_hash
+from qrlora.blend.weights import BlendWeights
 from qrlora.formats import Adapter, atomic_write
 from qrlora.training import TrainResult
 
@@ -50,6 +51,7 @@ def write_report(
     *,
     seconds: dict[str, float],
     config: BlendConfig,
+    weights: BlendWeights,
     prompt: str,
     painter: Painter,
     parts: dict[str, dict[str, Any]],
@@ -66,7 +68,7 @@ def write_report(
         "threads": torch.get_num_threads(),
         "versions": library_versions(),
         "settings": painter.settings.model_dump(),
-        "weights": {"content": config.content_weights, "style": config.style_weights},
+        "weights": {"content": weights.contents, "style": weights.styles},
         "timesteps": {"content": config.content_timesteps, "style": config.style_timesteps},
         "seconds": seconds,
         "adapters": parts,

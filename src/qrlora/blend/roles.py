@@ -20,6 +20,7 @@ from qrlora.training.config import Memory
 Role = Literal["content", "style"]
 ROLES: tuple[Role, Role] = ("content", "style")
 _CHUNK = 1 << 24
+_GOES_WITH_A_BASIS = {"form", "side", "band", "mask", "init", "init_std", "experts", "top_k", "solver"}
 
 
 @dataclass
@@ -105,10 +106,16 @@ def _plan(config: BlendConfig, role: Role) -> Part:
 
 
 def fill_trainings(parts: Mapping[Role, Part], model: LoadedModel) -> None:
-    """Fill what a training was not told from the model's defaults, those for its role before those for all."""
+    """Fill what a training was not told from the model's defaults, those for its role before those for all.
+
+    A model's own basis is left out where something is told that goes with another one, such as a mask.
+    """
     for part in parts.values():
         if part.training is not None:
-            part.training = part.training.with_defaults({**model.training, **model.roles.get(part.role, {})})
+            defaults = {**model.training, **model.roles.get(part.role, {})}
+            if part.training.adapter.model_fields_set & _GOES_WITH_A_BASIS:
+                defaults.pop("basis", None)
+            part.training = part.training.with_defaults(defaults)
 
 
 def _caption_of(adapter: Adapter) -> str | None:

@@ -62,13 +62,16 @@ def draw_sheet(title: str, subtitle: str, cells: Sequence[Sequence[Cell]], grids
     Args:
         title: first line, usually the prompt.
         subtitle: quiet second line: model, method, seed.
-        cells: rows of captioned cells; may be empty.
-        grids: at least one, drawn left to right.
+        cells: rows of captioned cells; may be empty where there are grids.
+        grids: drawn left to right.
 
     Returns:
         RGB picture on white.
     """
-    size = cell_size(*grids[0].pictures[0][0].size)
+    shown = [cell.picture for row in cells for cell in row if cell.picture is not None]
+    # Of cells alone the squarest, so that one panorama does not flatten all.
+    first = grids[0].pictures[0][0] if grids else max(shown, key=lambda each: min(each.size) / max(each.size))
+    size = cell_size(*first.size)
     blocks = [_draw_cells(cells, size)] if cells else []
     blocks += [_draw_grid(grid, size) for grid in grids]
     gutter = 3 * _GAP

@@ -4,11 +4,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qrlora.adapter import record_usage
-from qrlora.analysis import ExpertUsage
 from qrlora.blend.painter import Painter, Picture
 from qrlora.formats import Adapter, atomic_write
+
+if TYPE_CHECKING:
+    from qrlora.analysis import ExpertUsage
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class DrawnUsage:
 
     painter: Painter
     pictures: list[Picture]
-    usages: list[ExpertUsage]
+    usages: "list[ExpertUsage]"
 
     def write(self, folder: Path) -> None:
         """Write `NAME-usage.json` for each adapter, as `ExpertUsage.read` takes it, and `drawn-1.png`, ...
@@ -44,6 +47,8 @@ def draw_usage(painter: Painter, files: Mapping[str, Path], prompts: Sequence[st
     Raises:
         QrloraError: a file that cannot be read, has no gates, or is of another base model.
     """
+    from qrlora.analysis import ExpertUsage  # brings matplotlib, and is for gated adapters alone
+
     attached = {f"gated_{index}": file for index, file in enumerate(files.values())}
     with ExitStack() as stack:
         for name, file in attached.items():

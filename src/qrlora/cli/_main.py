@@ -1,7 +1,7 @@
 """From `sys.argv` to a verb, and from what went wrong to an exit code.
 
-0: done. 2: bad input, told in one sentence. 130, 143: stopped by Ctrl-C or SIGTERM. Anything else is a bug and shows a
-traceback.
+0: done. 1: some of several jobs failed. 2: bad input, told in one sentence. 130, 143: stopped by Ctrl-C or SIGTERM.
+Anything else is a bug and shows a traceback.
 """
 
 import difflib
@@ -15,11 +15,12 @@ from importlib import import_module
 from typing import TextIO
 
 from qrlora import __version__
-from qrlora.errors import QrloraError, QrloraWarning
+from qrlora.errors import QrloraError, QrloraWarning, tell
 
 VERBS = {
     "blend": "two pictures in; two adapters, their merge and a sheet of pictures out",
     "train": "train one adapter",
+    "train-many": "train a list of adapters on one loaded model",
     "merge": "adapters into one adapter",
     "analyze": "how adapters relate, layer by layer, as a report to read",
     "evaluate": "scores of pictures, or of what adapters draw, as a report to look at",
@@ -51,10 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             _run_verb(given[0], given[1:])
     except QrloraError as error:
-        print(f"qrlora: {error}", file=sys.stderr)
+        tell(f"qrlora: {error}")
         return 2
     except KeyboardInterrupt:
-        print("qrlora: stopped.", file=sys.stderr)
+        tell("qrlora: stopped.")
         return 130
     except BrokenPipeError:
         # Whoever read our output has gone (`qrlora inspect FILE | head`); nothing is left to say, nor to flush at exit.
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = getattr(error, "exit_code", None)
         if code is None:
             raise
-        print(f"qrlora: {error}", file=sys.stderr)
+        tell(f"qrlora: {error}")
         return int(code)
     return 0
 
@@ -87,7 +88,7 @@ def _run_verb(verb: str, arguments: list[str]) -> None:
         close = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(VERBS)}."
         raise QrloraError(f"unknown verb {verb!r}; {hint}")
-    import_module(f"qrlora.cli.{verb}").run(arguments)
+    import_module(f"qrlora.cli.{verb.replace('-', '_')}").run(arguments)
 
 
 def _quiet_libraries() -> None:
@@ -116,7 +117,7 @@ def _show_warning(
 ) -> None:
     """Ours as one line to the user; others as Python shows them."""
     if issubclass(category, QrloraWarning):
-        print(f"qrlora: note: {message}", file=file or sys.stderr)
+        tell(f"qrlora: note: {message}")
     else:
         print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
 

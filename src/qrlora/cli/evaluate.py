@@ -209,7 +209,7 @@ def _draw(options: EvaluateOptions) -> "Trial":
     given = [split_adapter(text) for text in options.adapter]
     names = short_names([each.file for each in given])
     painter = load_painter(options.model, options.device, options.memory)
-    painter.settings = settings_of(options, painter.settings, painter.loaded.family)
+    painter.settings = settings_of(options, painter.settings, painter.loaded)
     unrelated = () if options.no_drift else options.drift_prompt or drift_prompts(options.model)
     started = shown = time.perf_counter()
 

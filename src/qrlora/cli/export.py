@@ -25,8 +25,9 @@ class ExportOptions(FileOptions):
     format: Literal["diffusers", "peft", "kohya", "comfy", "own"] = "diffusers"
     """diffusers (ComfyUI reads it too), peft (a folder), kohya, comfy (ComfyUI's keys with the original names), or own
     (qrlora alone reads it: gated adapters, which are no LoRA)."""
-    family: Literal["flux", "sd3", "sdxl"] | None = None
-    """For kohya and comfy: the model's family, where the layers do not tell it."""
+    family: str | None = None
+    """For kohya and comfy: the model's family (flux, flux2, qwen-image, sd15, sd3, sdxl or z-image), where the layers
+    do not tell it."""
     rank: int | None = Field(default=None, gt=0)
     """Bring every layer to at most this rank (truncated SVD); the relative error is told."""
     save_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -46,7 +47,10 @@ def run(arguments: Sequence[str]) -> None:
         raise QrloraError(f"--output {options.output} must be a folder, as a peft adapter is one.")
     refuse_existing(options.output, options.overwrite)
     from qrlora.formats import import_adapter, shown, write_adapter
+    from qrlora.formats.keys import table_of
 
+    if options.family is not None:
+        table_of(options.family)
     imported = import_adapter(
         options.file,
         layout=options.layout,
@@ -55,6 +59,7 @@ def run(arguments: Sequence[str]) -> None:
         lora_alpha=options.lora_alpha,
         top_k=options.top_k,
         allow_unmatched=options.allow_unmatched,
+        lazy=True,
     )
     adapter, recognised = imported.adapter, imported.recognised
     if options.rank is not None:

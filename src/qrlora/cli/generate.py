@@ -38,6 +38,11 @@ class GenerateOptions(BaseModel):
     """Of the first picture; 0 where not given."""
     num_images: int = Field(default=1, gt=0)
     """How many; each has the next seed."""
+    jobs: Path | None = None
+    """A list of pictures instead (YAML, JSON, or .jsonl): prompt, seed, adapters (FILE: WEIGHT) and name of each. They
+    are drawn several at a time, each with its own adapters, into the folder --output."""
+    batch_size: int = Field(default=4, gt=0)
+    """With --jobs, pictures drawn at a time."""
     model: str | None = None
     """Hub id or local diffusers folder; none means the embedded base."""
     device: str | None = None
@@ -58,6 +63,8 @@ class GenerateOptions(BaseModel):
     max_sequence_length: int | None = Field(default=None, gt=0)
 
 
+_OF_ONE = ("prompt", "adapter", "from_", "seed", "num_images")
+_ONE_BY_ONE = ("method", "option")
 _RANGE = re.compile(r"(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)")
 _FIXED_BY_PICTURE = (
     "prompt",
@@ -78,6 +85,8 @@ _FIXED_BY_PICTURE = (
 def run(arguments: Sequence[str]) -> None:
     """Parse, then generate or repeat."""
     options = parse_options(GenerateOptions, "generate", arguments)
+    if options.jobs is not None:
+        return _generate_list(options, options.jobs)
     outputs = output_files(options.output, options.num_images)
     for path in outputs:
         refuse_existing(path, options.overwrite)
@@ -101,7 +110,7 @@ def _generate(options: GenerateOptions, prompt: str, outputs: Sequence[Path]) ->
         check_run_time(options.method)
         method = RunTime(name=options.method, options=method_options(options.option))
     painter = load_painter(options.model, options.device, options.memory)
-    painter.settings = settings_of(options, painter.settings, painter.loaded.family)
+    painter.settings = settings_of(options, painter.settings, painter.loaded)
     weights = {f"adapter_{index}": adapter.weight for index, adapter in enumerate(adapters)}
     named = dict(zip(weights, adapters, strict=True))
     timesteps = {name: adapter.timesteps for name, adapter in named.items() if adapter.timesteps is not None}
@@ -111,6 +120,34 @@ def _generate(options: GenerateOptions, prompt: str, outputs: Sequence[Path]) ->
         with enough_to("draw", options.memory):
             picture = painter.paint(prompt, (options.seed or 0) + index, weights, timesteps, method=method)
         print(painter.save(picture, path))
+
+
+def _generate_list(options: GenerateOptions, path: Path) -> None:
+    """Draw the pictures of a list."""
+    for name in _OF_ONE:
+        if getattr(options, name) != GenerateOptions.model_fields[name].default:
+            raise QrloraError(f"--jobs {path} says all of each picture; drop {flag(name)}.")
+    for name in _ONE_BY_ONE:
+        if getattr(options, name):
+            raise QrloraError(
+                f"{flag(name)} chooses adapters anew at every step, which --jobs {path} does not for pictures that are "
+                "drawn together; draw them one by one, without --jobs."
+            )
+    folder = Path("pictures") if options.output == GenerateOptions.model_fields["output"].default else options.output
+    if folder.exists() and not folder.is_dir():
+        raise QrloraError(f"--output {folder} is a file; name a folder for the pictures of --jobs.")
+    from qrlora.blend import load_painter, paint_wishes, picture_names, read_wishes, settings_of
+    from qrlora.training.memory import enough_to
+
+    wishes = read_wishes(path)
+    files = [folder / f"{name}.png" for name in picture_names(wishes)]
+    for file in files:
+        refuse_existing(file, options.overwrite)
+    painter = load_painter(options.model, options.device, options.memory)
+    painter.settings = settings_of(options, painter.settings, painter.loaded)
+    with enough_to("draw", options.memory):
+        for file in paint_wishes(painter, wishes, files, options.batch_size):
+            print(file)
 
 
 def _repeat(options: GenerateOptions, source: Path) -> None:
@@ -161,7 +198,8 @@ def _repeat(options: GenerateOptions, source: Path) -> None:
     with Image.open(source) as image:
         extrema: Any = ImageChops.difference(image.convert("RGB"), picture.image.convert("RGB")).getextrema()
     difference = max(high for _, high in extrema)
-    say("identical" if difference == 0 else f"differs by at most {difference} of 255: another machine or version")
+    why = "another machine or version" if made.together is None else f"it was drawn {made.together} at a time"
+    say("identical" if difference == 0 else f"differs by at most {difference} of 255: {why}")
     print(painter.save(picture, options.output))
 
 

@@ -79,7 +79,7 @@ def run(arguments: Sequence[str]) -> None:
         merged.save(options.output, save_dtype=options.save_dtype)
     else:
         write_peft_folder(merged, options.output, save_dtype=options.save_dtype)
-    rank = max(pair.rank for pair in merged.layers.values())
+    rank = merged.rank
     method = merged.header.method if merged.header is not None else options.method
     words = "".join(f", {len(part.layers)} of the {name}" for name, part in merged.companions.items())
     say(f"{len(options.adapters)} adapters merged by {method}: rank {rank}, {len(merged.layers)} layers{words}")
@@ -141,7 +141,7 @@ def _read(options: MergeOptions) -> "list[Adapter]":
     bases: dict[tuple[str, torch.dtype], LoadedModel] = {}
     for path in options.adapters:
         if path.is_dir() or not is_coefficients(read_metadata(path)):
-            found.append(read_adapter(path))
+            found.append(read_adapter(path, lazy=True))
             continue
         file = read_coefficients(path)
         why = f"{path} holds coefficients only, which need their base model"

@@ -1,4 +1,4 @@
-"""`qrlora train [CONFIG.yaml] [--any.key value]`: train one adapter."""
+"""`qrlora train [CONFIG.yaml] [--any.key value]`: train one adapter, in one process or in those of a launch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +12,7 @@ USAGE = """usage: qrlora train [CONFIG.yaml] [--any.key value ...]
 Every key of the configuration is an option too and wins over the file: --max_train_steps 500 --adapter.rank 16
 (or --max-train-steps). A key alone means true. Needed: instance_data_dir (or dataset_name) and output_dir, and an
 instance_prompt for pictures without captions. `qrlora config init` writes a commented configuration.
+On several devices: accelerate launch --multi_gpu -m qrlora train ...
 """
 
 
@@ -24,10 +25,12 @@ def run(arguments: Sequence[str]) -> None:
         print("\n".join(described_keys()))
         return
     file, overrides = split_arguments(arguments)
-    from qrlora.training import TrainConfig, train
+    from qrlora.training import TrainConfig, leave_launch, train
 
     config = TrainConfig.parse(overrides, "the options") if file is None else TrainConfig.from_yaml(file, overrides)
     result = train(config)
+    if not leave_launch():
+        return
     losses = result.losses[-20:]
     say(f"{len(result.losses)} steps in {result.seconds:.0f} s, last loss {sum(losses) / len(losses):.4f}")
     print(result.path)

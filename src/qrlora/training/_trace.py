@@ -105,6 +105,9 @@ def make_fake(module: nn.Module, dtype: torch.dtype) -> None:
                 wanted = dtype if tensor.is_floating_point() and "lora_" not in name else tensor.dtype
                 fake: Any = torch.empty(tensor.shape, dtype=wanted, device="cpu")
                 stored[key] = nn.Parameter(fake, tensor.requires_grad) if stored is part._parameters else fake
+        for key, value in list(vars(part).items()):  # such as Qwen-Image's table of positions
+            if isinstance(value, Tensor) and value.is_meta:
+                setattr(part, key, torch.empty(value.shape, dtype=value.dtype, device="cpu"))
 
 
 class PackedLinear(nn.Linear):
@@ -114,7 +117,7 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.kind = layer.in_features, layer.out_features, kind
         numbers = layer.in_features * layer.out_features
-        self.compute_dtype, self.adapted = compute_dtype, False
+        self.compute_dtype = compute_dtype
         size = int(numbers * NF4_BYTES) if kind == "nf4" else numbers + 4 * layer.out_features
         self.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False)
         self.bias = layer.bias
@@ -127,9 +130,7 @@ class PackedLinear(nn.Linear):
         if self.kind == "nf4":
             computed = _FourBits.apply(x.to(self.compute_dtype), self.bias, shape)
             assert isinstance(computed, Tensor)
-            # bitsandbytes goes back to the input's dtype, and peft clones what comes out of 4 bits
-            computed = computed.to(x.dtype)
-            return computed.clone() if self.adapted else computed
+            return computed.to(x.dtype)  # as bitsandbytes does
         weight = torch.empty(shape, dtype=x.dtype if self.kind == "int8" else self.compute_dtype)
         # the unpacked weight is an ordinary tensor to autograd, which keeps it for the backward pass
         if self.kind == "fp8":

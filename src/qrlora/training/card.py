@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -155,23 +156,36 @@ def _with_diffusers(facts: CardFacts) -> str:
         f"from diffusers import {pipeline}",
         *(["from qrlora import starter"] if facts.embedded else []),
         "",
-        f"pipeline = {pipeline}.from_pretrained({where}, dtype=torch.{dtype}).to({facts.device!r})",
+        f"pipeline = {pipeline}.from_pretrained({where}, dtype=torch.{dtype}{_left_out(facts)}).to({facts.device!r})",
         f"pipeline.load_lora_weights({facts.repository or '.'!r}, weight_name={RESULT!r})",
-        f"picture = pipeline({_prompt(facts)!r}, {_settings_of_pipeline(facts)}).images[0]",
+        f"picture = pipeline(prompt={_prompt(facts)!r}, {_settings_of_pipeline(facts)}).images[0]",
         "picture.save('picture.png')",
     ]
     here = "" if facts.repository else ", in this folder"
     return _fenced("python", "\n".join(lines), f"With diffusers{here}:")
 
 
+def _left_out(facts: CardFacts) -> str:
+    """What diffusers must be told of encoders that the base is without."""
+    named = [(name, name.replace("text_encoder", "tokenizer")) for name in facts.model.family.optional_components]
+    pipeline = facts.model.pipeline  # encoders may be freed at the time, tokenizers never are
+    return "".join(f", {each}=None" for pair in named if getattr(pipeline, pair[1]) is None for each in pair)
+
+
 def _settings_of_pipeline(facts: CardFacts) -> str:
     family, defaults = facts.model.family, facts.model.defaults
     settings = {name: getattr(defaults, name) for name in family.generation_arguments}
     settings |= {"height": facts.config.resolution, "width": facts.config.resolution}
+    written = [f"{name}={value!r}" for name, value in settings.items()]
     # Without a text, FLUX guides against nothing at all.
     if family.uses_negative(defaults) and (defaults.negative_prompt or family.guided_by == "true_cfg_scale"):
-        settings["negative_prompt"] = defaults.negative_prompt
-    return ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        against = repr(defaults.negative_prompt)
+        if "negative_prompt" in signature(type(facts.model.pipeline).__call__).parameters:
+            written.append(f"negative_prompt={against}")
+        else:  # FLUX.2-klein's takes embeddings alone
+            length = f"max_sequence_length={defaults.max_sequence_length}"
+            written.append(f"negative_prompt_embeds=pipeline.encode_prompt({against}, {length})[0]")
+    return ", ".join(written)
 
 
 def _with_qrlora(facts: CardFacts) -> str:

@@ -13,6 +13,7 @@ from qrlora.adapter import AdapterSpec, check_encoder_spec, check_spec
 from qrlora.errors import QrloraError
 from qrlora.models import Offload, Quantization
 from qrlora.training.inputs import Inputs
+from qrlora.training.keys import nest, overlay
 
 Memory = Literal["6gb", "8gb", "12gb", "16gb", "24gb", "max"]
 Weighting = Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"]
@@ -199,7 +200,7 @@ class TrainConfig(Inputs):
         Raises:
             QrloraError: the first problem, with its key; an unknown key with the nearest valid one.
         """
-        nested = _nest(values, source)
+        nested = nest(values)
         try:
             config = cls.model_validate(nested)
         except ValidationError as error:
@@ -227,7 +228,7 @@ class TrainConfig(Inputs):
             values = {}
         if not isinstance(values, dict):
             raise QrloraError(f"the configuration {path} must be a mapping of keys to values.")
-        return cls.parse(_merge(_nest(values, str(path)), _nest(overrides or {}, "the overrides")), str(path))
+        return cls.parse(overlay(nest(values), nest(overrides or {})), str(path))
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
         """Fill what was not given from `defaults`, in which adapter fields may stand at the top level (`rank`).
@@ -241,7 +242,7 @@ class TrainConfig(Inputs):
         nested = dict(defaults)
         lifted = {key: nested.pop(key) for key in list(nested) if key in AdapterSpec.model_fields and not _own(key)}
         nested["adapter"] = {**lifted, **nested.get("adapter", {})}
-        return self.parse(_merge(nested, given), "the model's training defaults")
+        return self.parse(overlay(nested, given), "the model's training defaults")
 
     def to_yaml(self) -> str:
         """Every key and value; `from_yaml` reads it back."""
@@ -250,26 +251,6 @@ class TrainConfig(Inputs):
 
 def _own(key: str) -> bool:
     return key in TrainConfig.model_fields
-
-
-def _nest(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for key, value in values.items():
-        section, _, rest = str(key).partition(".")
-        if rest:
-            value = _nest({rest: value}, source)
-        elif isinstance(value, Mapping):
-            value = _nest(value, source)
-        nested = _merge(nested, {section: value})
-    return nested
-
-
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
 
 
 def _sentence(error: ValidationError, source: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qrlora.adapter import add_blank_adapter, set_adapters, trainable_parameters
 from qrlora.errors import QrloraError
 from qrlora.models import BlockStream, Blueprint
-from qrlora.training._trace import Meter, PackedLinear, make_fake, pack, size_of, widen_norms, without_numbers
+from qrlora.training._trace import Meter, make_fake, pack, size_of, widen_norms, without_numbers
 from qrlora.training.config import Memory, TrainConfig
 from qrlora.training.memory import GIB, preset
 from qrlora.training.objective import weighted_loss
@@ -93,6 +93,7 @@ def resolve(config: TrainConfig, blueprint: Blueprint) -> TrainConfig:
 def estimate(config: TrainConfig, blueprint: Blueprint) -> Estimate:
     """The peak of a run, phase by phase, from a training step on tensors without values.
 
+    Captions are counted as long as `max_sequence_length` lets them be, also where shorter ones take less.
     Left out are the time the bases are computed the first time (less than a training step takes, except with `offload:
     blocks`, where it is the CPU's memory), pictures made while training, and fragmentation.
 
@@ -142,9 +143,6 @@ def _training(config: TrainConfig, blueprint: Blueprint) -> tuple[Phase, int, in
     if config.quantization is not None:
         pack(denoiser, config.quantization, _dtype(config))
     trained = add_blank_adapter(denoiser, config.adapter, _NAME)
-    for name in trained:
-        layer = denoiser.get_submodule(name).base_layer
-        layer.adapted = isinstance(layer, PackedLinear)
     with without_numbers():
         make_fake(denoiser, _dtype(config))
         if torch.device(config.device or "cuda").type != "cpu":
@@ -230,7 +228,7 @@ def _encoding(config: TrainConfig, blueprint: Blueprint) -> Phase:
         for name, module in modules.items():
             text = name in family.text_components
             # In fp32 where the autoencoder asks for it, as `Family.encode_pictures` has it.
-            upcast = not text and module.config.force_upcast
+            upcast = name == "vae" and module.config.get("force_upcast", False)
             make_fake(module, torch.float32 if upcast else dtype)
             stream = BlockStream(module, torch.device("cpu")) if text and config.encoder_offload == "blocks" else None
             host, rooms = ([], []) if stream is None else (stream.host_tensors, stream.device_tensors)
@@ -241,10 +239,12 @@ def _encoding(config: TrainConfig, blueprint: Blueprint) -> Phase:
             before = meter.now
             with meter:
                 if text:
-                    length = getattr(module.config, "max_position_embeddings", long)
+                    clip = module.config.model_type == "clip_text_model"  # always reads all that it can
+                    length = module.config.max_position_embeddings if clip else long
                     module(torch.empty(1, length, dtype=torch.int64), output_hidden_states=True)
-                else:
-                    module.encode(torch.empty(1, 3, config.resolution, config.resolution, dtype=module.dtype))
+                elif name == "vae":
+                    pixels = torch.empty(1, 3, config.resolution, config.resolution, dtype=module.dtype)
+                    module.encode(family.autoencoder_input(pixels))
             needs = max(needs, meter.peak - before)
         sizes["activations"] = needs
         return Phase("encoding", sizes)

@@ -110,6 +110,14 @@ def finished_losses(config: TrainConfig, record: Mapping[str, Any], start: Check
     return None
 
 
+def told_kept(output: Path) -> str:
+    """What a run that ends now can be continued from, for a message."""
+    found = latest_checkpoint(output)
+    if found is None:
+        return "no checkpoint was written yet."
+    return f"the last complete checkpoint is {found.folder}; continue with resume: latest (--resume latest)."
+
+
 def prepare_folder(config: TrainConfig) -> Path:
     """Make the folder and clear what a killed run left half-written; what is complete stays, see `outdated_by`."""
     output = Path(config.output_dir)

@@ -3,10 +3,11 @@
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 
 from qrlora.adapter import BasisCache, adapter_of_pipeline, base_hash, target_layers, trained_size
 from qrlora.data import Source
@@ -24,6 +25,7 @@ from qrlora.training.folder import (
     finished_losses,
     outdated_by,
     prepare_folder,
+    told_kept,
     write_losses,
 )
 from qrlora.training.hub import find_repository, push
@@ -33,6 +35,7 @@ from qrlora.training.objective import check_levels
 from qrlora.training.optimiser import check_packages, make_optimiser
 from qrlora.training.pictures import captions_of, encode, find_sources, trigger_words
 from qrlora.training.prior import check_class_folder, prepare_prior
+from qrlora.training.processes import asks_for_sharding, join_launch, watching
 from qrlora.training.progress import ProgressReport
 from qrlora.training.record import ORIGIN, check_same_run, record_of
 from qrlora.training.run import OnStep, Run
@@ -46,6 +49,8 @@ from qrlora.training.setup import (
     prepare_adapter,
     restore,
 )
+from qrlora.training.sharding import check_shardable, shard
+from qrlora.training.split import as_drawn, split_of
 from qrlora.training.trackers import Trackers
 from qrlora.training.validation import last_pictures, prepare_validation
 from qrlora.training.words import Words, add_words, check_initial, trained_encoders
@@ -105,32 +110,28 @@ def train(
     if config.init_from is not None:
         check_initial(config, read_adapter(config.init_from))  # and so is a wrong adapter
     check_packages(config)
-    # Buffers are constant here; some forms keep large ones.
-    constant = DistributedDataParallelKwargs(broadcast_buffers=False)
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[constant])
-    repository = find_repository(config) if accelerator.is_main_process else None
-    device = choose_device(config, loaded, accelerator)
-    model, config = load_model(config, loaded, device, start)
-    place = Place(device, config.mixed_precision == "bf16", accelerator.process_index, accelerator.num_processes)
-    if place.processes > 1 and config.offload != "none":
-        raise QrloraError(f"offload: {config.offload} works in one process, but there are {place.processes}.")
-    clock = _Clock(started)
-    clock.done("load")
-    with enough_memory(config), borrowed(model, give_back=loaded is not None):
+    accelerator = join_launch(config.device)
+    with watching(accelerator, partial(told_kept, Path(config.output_dir))):
+        repository = find_repository(config) if accelerator.is_main_process else None
+        device = choose_device(config, loaded, accelerator)
+        model, config = load_model(config, loaded, device, start)
+        place = Place(
+            device,
+            config.mixed_precision == "bf16",
+            accelerator.process_index,
+            accelerator.num_processes,
+            sharded=asks_for_sharding(accelerator),
+        )
+        if place.sharded:
+            check_shardable(config, model, given=loaded is not None)
+        clock = _Clock(started)
+        clock.done("load")
         shown = progress and place.main
-        run = _prepare(config, model, sources, accelerator, place, start, clock, progress=shown, cache=cache)
-        if isinstance(run, TrainResult):
-            return _pushed(run, repository, shown=shown)
-        with (
-            run.trackers,
-            run.casting(),
-            graceful_stop() as stop,
-            ProgressReport("train", config.max_train_steps, done=run.step, shown=shown) as report,
-        ):
-            while run.step < config.max_train_steps:
-                run.train_step()
-                run.after_step(report, stop, on_step)
-        return _pushed(_finish(run, clock, repository), repository, shown=shown)
+        with enough_memory(config), borrowed(model, give_back=loaded is not None):
+            run = _prepare(config, model, sources, accelerator, place, start, clock, progress=shown, cache=cache)
+            result = run if isinstance(run, TrainResult) else _train(run, clock, repository, on_step, shown=shown)
+        accelerator.wait_for_everyone()
+    return _pushed(result, repository, shown=shown)
 
 
 def _prepare(
@@ -148,12 +149,13 @@ def _prepare(
     output = Path(config.output_dir)
     process = model.family.noise_process(model.pipeline)
     check_levels(config, process)
-    encoders = trained_encoders(config, model, place)
+    encoders = trained_encoders(config, model)
     encoded = encode(config, model, sources, place.device, progress=progress)
     validation, preserved = prepare_validation(config, model, output), prepare_prior(config, model)
     model.release_encoders(keep_pictures=validation is not None or preserved is not None, keep=encoders)
     clock.done("encode")
-    model.load_denoiser(place.device)  # last, so that it never shares memory with the encoders
+    # Last, so that it never shares memory with the encoders. One to be shared out is never whole on a device.
+    model.load_denoiser("cpu" if place.sharded else place.device)
     denoiser = model.denoiser
     prior = None
     if preserved is not None:
@@ -161,16 +163,19 @@ def _prepare(
         model.release_encoders(keep_pictures=validation is not None, keep=encoders)
         clock.done("class")
     layers = target_layers(denoiser, config.adapter.target_modules, config.adapter.blocks)
+    split = split_of(config, place.process, place.processes)
     record = record_of(
-        config,
+        split.config,
         data=encoded.fingerprint,
         class_data=None if prior is None else prior.fingerprint,
         base=base_hash(denoiser, layers),
-        processes=place.processes,
         origin=file_hash(config.init_from) if start is None else start.record[ORIGIN],
     )
     if start is not None:
         check_same_run(record, start.record, str(start.folder))
+        split = split_of(config, place.process, place.processes, start.record)
+        split.check(max(len(each.groups) for each in (encoded, prior) if each is not None))
+        record |= as_drawn(split)
     losses = finished_losses(config, record, start)
     if losses is not None:
         path = output / RESULT
@@ -180,10 +185,12 @@ def _prepare(
             f"cannot resume: {start.folder} is past max_train_steps={config.max_train_steps}; raise it, or name an "
             "earlier checkpoint folder."
         )
-    parameters = prepare_adapter(config, denoiser, start, cache, progress)
+    parameters = prepare_adapter(config, denoiser, start, cache, accelerator, place, progress=progress)
     model.settle()
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    if place.sharded:
+        shard(denoiser, place.device, place.processes)
     words = add_words(config, model, encoders, start, cache, place)
     optimiser = make_optimiser(config, parameters.values(), words.values())
     parameters |= words
@@ -207,7 +214,7 @@ def _prepare(
         encoded=encoded.to(denoiser.dtype),
         prior=None if prior is None else prior.to(denoiser.dtype),
         process=process,
-        wrapped=denoiser if place.processes == 1 else accelerator.prepare(denoiser),
+        split=split,
         parameters=parameters,
         words=Words(model.family, model.pipeline, place.device) if encoders else None,
         optimiser=optimiser,
@@ -224,6 +231,20 @@ def _prepare(
     )
 
 
+def _train(run: Run, clock: "_Clock", repository: str | None, on_step: OnStep | None, *, shown: bool) -> TrainResult:
+    config = run.config
+    with (
+        run.trackers,
+        run.casting(),
+        graceful_stop() as stop,
+        ProgressReport("train", config.max_train_steps, done=run.step, shown=shown) as report,
+    ):
+        while run.step < config.max_train_steps:
+            run.train_step()
+            run.after_step(report, stop, on_step)
+    return _finish(run, clock, repository)
+
+
 def _finish(run: Run, clock: "_Clock", repository: str | None) -> TrainResult:
     """The result comes last: where it is, the rest is complete."""
     losses, norms = run.curves.tolist()
@@ -234,7 +255,6 @@ def _finish(run: Run, clock: "_Clock", repository: str | None) -> TrainResult:
             write_card(CardFacts(run.config, run.model, adapter, **run.about, repository=repository))
             run.save_adapter(path, run.config.save_dtype)
         run.forget_outdated(RESULT, LOSSES)
-    run.accelerator.wait_for_everyone()
     clock.done("train")
     return TrainResult(path, losses, clock.total(), clock.phases, trained_size(adapter), run.config)
 

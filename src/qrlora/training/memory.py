@@ -37,8 +37,8 @@ _FASTEST = _settings(checkpointing=False)
 # a test asks for them again.
 PRESETS: Mapping[float, Mapping[Memory, _Settings]] = MappingProxyType(
     {
-        # SD3-medium, SD3.5-medium, SDXL
-        4.0: {
+        # SD1.5, SD3-medium, SD3.5-medium, SDXL
+        3.0: {
             "6gb": _settings("int8", encoder_offload="blocks"),
             "8gb": _settings(encoder_offload="blocks"),
             "12gb": _settings(encoder_offload="blocks"),
@@ -46,7 +46,16 @@ PRESETS: Mapping[float, Mapping[Memory, _Settings]] = MappingProxyType(
             "24gb": _FASTEST,
             "max": _FASTEST,
         },
-        # SD3.5-large
+        # FLUX.2-klein-4B
+        5.0: {
+            "6gb": _settings("nf4", encoder_offload="blocks"),
+            "8gb": _settings("int8", encoder_offload="blocks"),
+            "12gb": _settings(encoder_offload="blocks"),
+            "16gb": _settings(),
+            "24gb": _settings(),
+            "max": _FASTEST,
+        },
+        # Z-Image, SD3.5-large
         9.0: {
             "6gb": _STREAMED,
             "8gb": _settings("nf4", encoder_offload="blocks"),
@@ -55,8 +64,8 @@ PRESETS: Mapping[float, Mapping[Memory, _Settings]] = MappingProxyType(
             "24gb": _settings(),
             "max": _FASTEST,
         },
-        # FLUX.1
-        float("inf"): {
+        # FLUX.2-klein-9B, FLUX.1
+        13.0: {
             "6gb": _STREAMED,
             "8gb": _STREAMED,
             "12gb": _settings("nf4", encoder_offload="blocks"),
@@ -64,6 +73,15 @@ PRESETS: Mapping[float, Mapping[Memory, _Settings]] = MappingProxyType(
             "24gb": _settings("int8"),
             "max": _FASTEST,
         },
+        # Qwen-Image
+        21.0: {
+            **dict.fromkeys(("6gb", "8gb", "12gb"), _STREAMED),
+            "16gb": _settings("nf4", encoder_offload="blocks"),
+            "24gb": _settings("nf4"),
+            "max": _FASTEST,
+        },
+        # FLUX.2-dev, which takes more than 6 GiB all the same, and at 1024 px more than 8
+        float("inf"): {**dict.fromkeys(("6gb", "8gb", "12gb", "16gb", "24gb"), _STREAMED), "max": _FASTEST},
     }
 )
 

@@ -1,7 +1,7 @@
 """What is drawn and what is minimised at one step, on cached latents.
 
-Every draw is a function of (seed, step, accumulation index, process), so a run continued from step k sees what the
-uninterrupted run sees.
+Every draw is a function of (seed, step, batch of the step), so a run continued from step k sees what the uninterrupted
+run sees, and what is drawn does not depend on how many processes share it (see `split`).
 """
 
 from collections.abc import Mapping
@@ -33,6 +33,17 @@ class Draw:
     noise: Tensor
     weighting: Tensor | None
 
+    def part(self, items: slice) -> "Draw":
+        """Some of its items."""
+        return Draw(
+            self.group,
+            self.rows[items],
+            self.captions[items],
+            self.index[items],
+            self.noise[items],
+            None if self.weighting is None else self.weighting[items],
+        )
+
 
 def draw(
     config: TrainConfig,
@@ -40,27 +51,24 @@ def draw(
     process: NoiseProcess,
     step: int,
     micro: int,
-    rank: int = 0,
-    ranks: int = 1,
     *,
     of_class: bool = False,
 ) -> Draw:
     """The random part of one batch, on the CPU whatever computes, so that it is the same on every device.
 
     Args:
-        config: seed, batch size, repeats, range and weighting of noise levels are used.
+        config: seed, batch size and accumulation (as drawn), repeats, range and weighting of noise levels are used.
         encoded: the cache drawn from.
         process: the noise levels drawn from.
         step: optimiser steps taken so far.
-        micro: accumulation index within the step.
-        rank: of this process among `ranks`.
+        micro: index of the batch within the step.
         of_class: a batch of class pictures, drawn apart from those of the instance.
     """
     purpose = _CLASS_DRAWS if of_class else _DRAWS
-    generator = torch.Generator().manual_seed(stream(config.seed, purpose, step, micro, rank))
+    generator = torch.Generator().manual_seed(stream(config.seed, purpose, step, micro, 0))
     size = config.train_batch_size
     index = _levels(config, process, generator)
-    chosen, pictures = picture_rows(config, encoded.counts, step, micro, rank, ranks, of_class=of_class)
+    chosen, pictures = picture_rows(config, encoded.counts, step, micro, of_class=of_class)
     group = encoded.groups[chosen]
     noise = torch.randn(size, *group.latents.shape[1:], generator=generator)
     variant = encoded.crops * ((torch.rand(size, generator=generator) < 0.5) & encoded.mirrored)

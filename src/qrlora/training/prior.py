@@ -53,7 +53,14 @@ class Prior:
     def encode(self, model: LoadedModel, accelerator: Accelerator, place: Place, *, progress: bool) -> Encoded:
         """Draw what is missing with the base alone, then encode all; the denoiser and autoencoder are needed."""
         missing = _missing(self.config)
+        if missing and place.main:
+            _clear_leftovers(_folder(self.config))
         accelerator.wait_for_everyone()  # all count before one draws
+        if missing and place.sharded:
+            raise QrloraError(
+                f"class_data_dir: {len(missing)} class pictures are missing, and a base that is to be shared out "
+                "(FSDP) does not draw them; draw them first by starting this training in one process."
+            )
         if missing:
             self._draw(model, place, missing[place.process :: place.processes], progress=progress)
         accelerator.wait_for_everyone()
@@ -70,10 +77,6 @@ class Prior:
     def _draw(self, model: LoadedModel, place: Place, numbers: list[int], *, progress: bool) -> None:
         """One picture a number, each from a seed of its own and written at once, so that an interrupt loses one."""
         config, folder = self.config, _folder(self.config)
-        if place.main and folder.is_dir():
-            for path in folder.iterdir():
-                if _HALF_WRITTEN.fullmatch(path.name):
-                    path.unlink()
         height, width = nearest_size((1, 1), sizes_of(config, model))
         settings: dict[str, Any] = model.defaults.model_dump() | {"height": height, "width": width}
         text = self.texts[_prompt(config)]
@@ -130,6 +133,13 @@ def check_class_folder(config: TrainConfig) -> None:
                 f"class_data_dir: {path} was drawn for class_prompt={drawn!r}, not for {_prompt(config)!r}; name "
                 "another folder, or remove those pictures."
             )
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Remove what a killed run left half-written, before any process writes."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _HALF_WRITTEN.fullmatch(path.name):
+            path.unlink()
 
 
 def _missing(config: TrainConfig) -> list[int]:

@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -84,3 +86,17 @@ class ProgressReport:
         left = spent / max(1, done - self._first) * (self._total - done)
         tail = f"{spent:.0f} s" if done == self._total else f"{left:.0f} s left"
         print(f"{self._label}: {done}/{self._total} {note} ({tail})", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def counting(label: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """What counts (done, total) by itself, shown where it takes long; its total is known once it begins."""
+    with ExitStack() as stack:
+        report: ProgressReport | None = None
+
+        def advance(done: int, total: int) -> None:
+            nonlocal report
+            report = report or stack.enter_context(ProgressReport(label, total, shown=shown))
+            report.show_if_slow(done)
+
+        yield advance

@@ -21,10 +21,12 @@ from qrlora.training.config import TrainConfig
 from qrlora.training.ema import EMA, MovingAverage
 from qrlora.training.folder import forget
 from qrlora.training.interrupt import Interrupted, StopRequest
-from qrlora.training.objective import Draw, draw, loss_of
+from qrlora.training.objective import Draw, loss_of
 from qrlora.training.optimiser import learning_rates, optimiser_tensors, set_rates
+from qrlora.training.processes import add_up
 from qrlora.training.progress import ProgressReport
 from qrlora.training.setup import ADAPTER_NAME, Place
+from qrlora.training.split import Split
 from qrlora.training.trackers import Trackers
 from qrlora.training.validation import Validation
 from qrlora.training.words import Words
@@ -45,7 +47,7 @@ class Run:
     prior: Encoded | None
     """Class pictures, where the prior is preserved."""
     process: NoiseProcess
-    wrapped: nn.Module
+    split: Split
     parameters: dict[str, nn.Parameter]
     words: Words | None
     """The text encoders, where they are trained too."""
@@ -87,44 +89,38 @@ class Run:
         total = torch.zeros((), device=self.place.device)
         parts = ("instance",) if self.prior is None else ("instance", "class")
         for micro, part in product(range(accumulation), parts):
-            syncs = (micro, part) == (accumulation - 1, parts[-1]) or self.place.processes == 1
-            with nullcontext() if syncs else self.accelerator.no_sync(self.wrapped):
-                with self.autocast():
-                    loss = self._loss(micro) if part == "instance" else self._prior_loss(micro)
-                (loss / accumulation).backward()
+            with self.autocast():
+                loss = self._loss(micro) if part == "instance" else self._prior_loss(micro)
+            (loss / accumulation).backward()
             total += loss.detach()
+        mean = total / accumulation
+        if self.place.processes > 1:
+            mean = add_up(self.accelerator, self.parameters.values(), mean)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
         set_rates(config, self.optimiser, self.rates(self.step))
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update()
-        mean: Any = total / accumulation
-        if self.place.processes > 1:
-            mean = self.accelerator.reduce(mean, reduction="mean")
         self.curves[0, self.step] = mean
         self.curves[1, self.step] = norm
         self.step += 1
 
     def _loss(self, micro: int) -> Tensor:
-        place = self.place
-        drawn = draw(self.config, self.encoded, self.process, self.step, micro, place.process, place.processes)
+        drawn = self.split.draw(self.encoded, self.process, self.step, micro)
         return self._loss_of(self.encoded, drawn)
 
     def _prior_loss(self, micro: int) -> Tensor:
         """Of class pictures, weighted; one more pass of a batch costs no more memory, where a batch of both would."""
         assert self.prior is not None
-        place = self.place
-        drawn = draw(
-            self.config, self.prior, self.process, self.step, micro, place.process, place.processes, of_class=True
-        )
+        drawn = self.split.draw(self.prior, self.process, self.step, micro, of_class=True)
         return self.config.prior_loss_weight * self._loss_of(self.prior, drawn)
 
     def _loss_of(self, encoded: Encoded, drawn: Draw) -> Tensor:
         family, guidance, device = self.model.family, self.config.guidance_scale, self.place.device
         if self.words is not None:
             encoded, drawn = self.words.read(encoded, drawn)
-        return loss_of(family, self.wrapped, encoded, drawn, self.process, guidance, device)
+        return loss_of(family, self.model.denoiser, encoded, drawn, self.process, guidance, device)
 
     def shown(self) -> AbstractContextManager[None]:
         """Within, the coefficients are what files and pictures are made of."""
@@ -205,9 +201,12 @@ class Run:
             self.check_finite()
         if self.step % config.checkpointing_steps == 0:
             self.checkpoint()
-        if self.validation is not None and self.place.main and (self.step % config.validation_steps == 0 or last):
+        # A base in shares computes on all processes or on none.
+        draws = self.place.main or self.place.sharded
+        if self.validation is not None and draws and (self.step % config.validation_steps == 0 or last):
             with self.autocast(), self.shown(), self.telling_what_is_kept():
-                self.trackers.pictures(self.validation.run(self.model, self.step), self.step)
+                pictures = self.validation.run(self.model, self.step, keep=self.place.main)
+                self.trackers.pictures(pictures, self.step)
         if self.place.main and report.due(self.step):
             report.show(self.step, self.note())
         if self.trackers.due(self.step) or last:

@@ -1,4 +1,4 @@
-"""Which pictures a step sees: a function of (seed, step, accumulation index, process) and nothing else."""
+"""Which pictures a step sees: a function of (seed, step, batch of the step) and nothing else."""
 
 import hashlib
 from collections.abc import Sequence
@@ -22,8 +22,6 @@ def picture_rows(
     counts: Sequence[int],
     step: int,
     micro: int,
-    process: int,
-    processes: int,
     *,
     of_class: bool = False,
 ) -> tuple[int, list[int]]:
@@ -38,14 +36,13 @@ def picture_rows(
         config: seed, batch size, accumulation and `repeats` are used.
         counts: pictures by group.
         step: optimiser steps taken so far.
-        micro: accumulation index within the step.
-        process: of this process among `processes`.
+        micro: index of the batch within the step.
         of_class: class pictures, which are not repeated, rather than instance pictures.
     """
     repeats = 1 if of_class else config.repeats
     items = tuple(count * repeats for count in counts)
     order, sizes = (_CLASS_ORDER, _CLASS_SIZES) if of_class else (_ORDER, _SIZES)
-    cycle, slot = divmod((step * config.gradient_accumulation_steps + micro) * processes + process, sum(items))
+    cycle, slot = divmod(step * config.gradient_accumulation_steps + micro, sum(items))
     group, batch = _schedule(stream(config.seed, sizes, cycle), items)[slot]
     size, count = config.train_batch_size, items[group]
     first = (cycle * count + batch) * size

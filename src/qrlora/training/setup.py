@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +19,7 @@ from qrlora.adapter import (
     add_adapter,
     attach_adapter,
     basis_notice,
+    compute_bases,
     pipeline_adapter_names,
     ranks_of,
     remove_from_pipeline,
@@ -36,7 +37,7 @@ from qrlora.training.config import TrainConfig
 from qrlora.training.ema import EMA, MovingAverage
 from qrlora.training.memory import as_loaded, with_preset
 from qrlora.training.optimiser import GROUP, load_optimiser_tensors
-from qrlora.training.progress import ProgressReport
+from qrlora.training.progress import counting
 
 ADAPTER_NAME = "being_trained"
 Precision = Literal["no", "bf16"]
@@ -50,6 +51,8 @@ class Place:
     autocast: bool
     process: int
     processes: int
+    sharded: bool = False
+    """Whether each process keeps a share of the base alone."""
 
     @property
     def main(self) -> bool:
@@ -66,7 +69,8 @@ def choose_device(config: TrainConfig, loaded: LoadedModel | None, accelerator: 
             raise QrloraError(f"device={config.device} is not to be had here; try device: cpu.") from error
     if loaded is not None and accelerator.num_processes == 1:
         return torch.device(loaded.denoiser.device)
-    return accelerator.device
+    # On the CPU accelerate numbers it by process, but there is one.
+    return torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
 
 
 def choose_precision(
@@ -154,11 +158,19 @@ def borrowed(model: LoadedModel, *, give_back: bool) -> Iterator[None]:
 
 
 def prepare_adapter(
-    config: TrainConfig, denoiser: nn.Module, start: Checkpoint | None, cache: BasisCache | None, progress: bool
+    config: TrainConfig,
+    denoiser: nn.Module,
+    start: Checkpoint | None,
+    cache: BasisCache | None,
+    accelerator: Accelerator,
+    place: Place,
+    *,
+    progress: bool,
 ) -> dict[str, nn.Parameter]:
     """Put the adapter on the denoiser, alone active, and return what is trained.
 
-    A resumed run takes the stored basis rather than a recomputed one, which may differ in its last bits.
+    A resumed run takes the stored basis rather than a recomputed one, which may differ in its last bits. Several
+    processes compute the bases of a share of the layers each, and find the others' in the cache.
     """
     if start is not None:
         adapter = read_adapter(start.adapter)
@@ -166,29 +178,30 @@ def prepare_adapter(
     elif config.init_from is not None:
         _attach_initial(config, denoiser, config.init_from, cache)
     else:
-        _add_new(config, denoiser, cache, progress)
+        _add_new(config, denoiser, cache, accelerator, place, progress)
     set_adapters(denoiser, {ADAPTER_NAME: 1.0})
     return trainable_parameters(denoiser, ADAPTER_NAME)
 
 
-def _add_new(config: TrainConfig, denoiser: nn.Module, cache: BasisCache | None, progress: bool) -> None:
-    report: ProgressReport | None = None
+def _add_new(
+    config: TrainConfig,
+    denoiser: nn.Module,
+    cache: BasisCache | None,
+    accelerator: Accelerator,
+    place: Place,
+    progress: bool,
+) -> None:
     notice = basis_notice(denoiser, config.adapter, cache=cache) if progress else None
     if notice is not None:
         print(notice, file=sys.stderr, flush=True)
-
-    def advance(done: int, total: int) -> None:
-        nonlocal report
-        report = report or ProgressReport("basis", total, shown=progress).start()
-        report.show_if_slow(done)
-
-    try:
-        # Also where the denoiser's blocks are kept on the CPU.
-        place = cast(Any, denoiser).device
-        add_adapter(denoiser, config.adapter, ADAPTER_NAME, cache=cache, progress=advance, device=place)
-    finally:
-        if report is not None:
-            report.close()
+    # On the device also where the denoiser's weights are kept on the CPU.
+    if place.processes > 1:
+        share = (place.process, place.processes)
+        with counting("basis", shown=progress) as advance:
+            compute_bases(denoiser, config.adapter, share, cache=cache, progress=advance, device=place.device)
+        accelerator.wait_for_everyone()
+    with counting("basis", shown=progress) as advance:
+        add_adapter(denoiser, config.adapter, ADAPTER_NAME, cache=cache, progress=advance, device=place.device)
 
 
 def _attach_initial(config: TrainConfig, denoiser: nn.Module, path: str, cache: BasisCache | None) -> None:

@@ -79,7 +79,8 @@ class Trackers:
         """Flush and close."""
         if self._accelerator is not None:
             with self._writing():
-                self._accelerator.end_training()
+                for tracker in self._accelerator.trackers:  # accelerate's end_training would leave the launch, too
+                    tracker.finish()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

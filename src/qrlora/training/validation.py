@@ -40,10 +40,13 @@ class Validation:
     read_again: bool = False
     """Whether text encoders are trained too, so that prompts mean something new each time."""
 
-    def run(self, model: LoadedModel, step: int) -> list[Image.Image]:
-        """Generate and save `step-STEP-INDEX.png`; the draws of training are not touched."""
+    def run(self, model: LoadedModel, step: int, *, keep: bool = True) -> list[Image.Image]:
+        """Generate and, with `keep`, save `step-STEP-INDEX.png`; the draws of training are not touched."""
         with self._acting(model):
-            return self._run(model, step)
+            pictures, settings = self._drawn(model)
+        if keep:
+            self._save(model, step, pictures, settings)
+        return pictures
 
     def _acting(self, model: LoadedModel) -> AbstractContextManager[None]:
         if self.timesteps is None:
@@ -61,7 +64,7 @@ class Validation:
                 negative = family.encode_negative_again(pipeline, model.defaults.negative_prompt, negative)
             return family.encode_again(pipeline, [self.prompt], self.conditioning), negative
 
-    def _run(self, model: LoadedModel, step: int) -> list[Image.Image]:
+    def _drawn(self, model: LoadedModel) -> tuple[list[Image.Image], dict[str, Any]]:
         conditioning, negative = self._read(model)
         rows = {key: value.expand(len(self.seeds), *value.shape[1:]) for key, value in conditioning.items()}
         settings: dict[str, Any] = model.defaults.model_dump()
@@ -74,6 +77,9 @@ class Validation:
             negative_conditioning=negative,
             **settings,
         )
+        return pictures, settings
+
+    def _save(self, model: LoadedModel, step: int, pictures: list[Image.Image], settings: dict[str, Any]) -> None:
         for index, (picture, seed) in enumerate(zip(pictures, self.seeds, strict=True)):
             text = PngInfo()
             about = {"prompt": self.prompt, "seed": seed, "step": step, "model": model.model_id, "settings": settings}
@@ -83,7 +89,6 @@ class Validation:
             content = io.BytesIO()
             picture.save(content, "PNG", pnginfo=text)
             atomic_write(self.folder / f"step-{step:06d}-{index}.png", content.getvalue())
-        return pictures
 
 
 def prepare_validation(config: TrainConfig, model: LoadedModel, output: Path) -> Validation | None:

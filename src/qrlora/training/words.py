@@ -28,11 +28,11 @@ from qrlora.training.setup import ADAPTER_NAME, Place
 _WAY_OUT = "start from the denoiser's part alone (in Python, read_adapter(path).alone().save(...))"
 
 
-def trained_encoders(config: TrainConfig, model: LoadedModel, place: Place) -> tuple[Component, ...]:
+def trained_encoders(config: TrainConfig, model: LoadedModel) -> tuple[Component, ...]:
     """The text encoders that this run trains.
 
     Raises:
-        QrloraError: the model has none that can be, or not here.
+        QrloraError: the model has none that can be.
     """
     if not config.train_text_encoder:
         return ()
@@ -42,11 +42,6 @@ def trained_encoders(config: TrainConfig, model: LoadedModel, place: Place) -> t
         raise QrloraError(
             f"train_text_encoder: {model.model_id} ({family.name}) has no {' and '.join(missing) or 'CLIP encoder'} to "
             "train; drop it."
-        )
-    if place.processes > 1:
-        raise QrloraError(
-            f"train_text_encoder trains in one process, and there are {place.processes}; start it without accelerate "
-            "launch, or drop it."
         )
     return family.trainable_encoders
 
