@@ -127,6 +127,7 @@ class Stage(Entry):
         batch: pictures a step and adapter.
         rank: of adapters that have no rank of their own.
         weights: (content, style) tried besides (1, 1) to find the best and to draw the frontier.
+        merge_weights: the same of ways to merge other than the sum; all of `weights` where None.
         keep: steps of the content adapter at which merges of the methods in `keep_of` are scored besides the last.
         together: adapters trained in one pass, and pictures drawn in one.
         inference_steps: of each picture; the base's own number where None.
@@ -142,6 +143,7 @@ class Stage(Entry):
     batch: int = Field(gt=0)
     rank: int = Field(gt=0)
     weights: tuple[Weights, ...]
+    merge_weights: tuple[Weights, ...] | None = None
     keep: tuple[int, ...] = ()
     keep_of: tuple[str, ...] = ()
     inference_steps: int | None = Field(default=None, gt=0)

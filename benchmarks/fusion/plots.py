@@ -40,7 +40,8 @@ def frontier(results: Mapping[str, Any], shots: str, path: Path) -> None:
         if scores:
             place = (float(np.mean(scores["content"])), float(np.mean(scores["style"])))
             axes.plot(*place, mark, color="0.3", markersize=12)
-            axes.annotate(name, place, xytext=(-8, 8), textcoords="offset points", fontsize=9, ha="right", color="0.3")
+            side, shift = ("left", 8) if place[0] < 0.3 else ("right", -8)
+            axes.annotate(name, place, xytext=(shift, 8), textcoords="offset points", fontsize=9, ha=side, color="0.3")
     axes.set(xlabel="share with the right content", ylabel="share with the right style", xlim=(-0.03, 1.05))
     axes.set_ylim(-0.03, 1.05)
     axes.set_title(f"As the weights move: {shots} style picture{'s' * (shots != '1')} (grey: other methods)")

@@ -72,23 +72,21 @@ def _shots(results: dict[str, Any], shots: str) -> list[dict[str, Any]]:
 
 
 def _sheets(bench: Bench, method: str, found: dict[str, Any], folder: Path, name: str) -> list[Path]:
-    """One sheet for each number of style pictures, at the best weights, the first of each pair."""
-    emoji, splits, written = bench.emoji, bench.splits, []
-    rows = min(ROWS, len(bench.contents))
-    for shots, each in found["shots"].items():
-        weights = (float(each["weights"][0]), float(each["weights"][1]))
-        try:
-            made = bench.pictures(Cell(method, found["rate"], int(shots), EXACT, weights))
-        except NotThereYet:
-            continue
-        first = splits.style_pictures(int(shots), 0)[0]
-        path = folder / f"{name}-{method}-{shots}.png"
-        plots.sheet(
-            [emoji[content, splits.content_style] for content in bench.contents[:rows]],
-            [(style, emoji[first, style]) for style in bench.styles],
-            made[:: bench.repeats][: rows * len(bench.styles)],
-            np.stack([emoji[pair] for pair in bench.pairs[: rows * len(bench.styles)]]),
-            path,
-        )
-        written.append(path)
-    return written
+    """A sheet from the most style pictures, at the best weights, the first of each pair; none if not in the store."""
+    emoji, splits = bench.emoji, bench.splits
+    rows, shots = min(ROWS, len(bench.contents)), max(found["shots"], key=int)
+    weights = (float(found["shots"][shots]["weights"][0]), float(found["shots"][shots]["weights"][1]))
+    try:
+        made = bench.pictures(Cell(method, found["rate"], int(shots), EXACT, weights))
+    except NotThereYet:
+        return []
+    first = splits.style_pictures(int(shots), 0)[0]
+    path = folder / f"{name}-{method}-{shots}.png"
+    plots.sheet(
+        [emoji[content, splits.content_style] for content in bench.contents[:rows]],
+        [(style, emoji[first, style]) for style in bench.styles],
+        made[:: bench.repeats][: rows * len(bench.styles)],
+        np.stack([emoji[pair] for pair in bench.pairs[: rows * len(bench.styles)]]),
+        path,
+    )
+    return [path]

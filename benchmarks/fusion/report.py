@@ -19,6 +19,7 @@ COLUMNS = {
     "drift": "drift",
 }
 AGAINST = "lora"
+LESS = {"geometric": "geometric mean", "both": "both", "feature": "feature distance", "look": "look distance"}
 Results = Mapping[str, Any]
 
 
@@ -48,7 +49,10 @@ def short_tables(results: Results) -> str:
             "both right",
         ]
         if AGAINST in found:
-            heads += ["both, less plain LoRA's", "feature distance, less plain LoRA's"]
+            heads += [
+                f"{words}, less plain LoRA's"
+                for words in ("geometric mean", "both", "feature distance", "look distance")
+            ]
         lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         rows = [(name, which) for name in found for which in ("even", "best")]
         rows = [(name, which) for name, which in rows if which == "best" or list(found[name]["weights"]) != [1.0, 1.0]]
@@ -57,10 +61,12 @@ def short_tables(results: Results) -> str:
             words = "{:g}, {:g}".format(*(each["weights"] if which == "best" else (1, 1)))
             cells = [_label(results, name), words, *_cells(each[which], ["content", "style", "both"])]
             if AGAINST in found:
-                cells += [_less(each[which], found[AGAINST][which], key) for key in ("both", "feature")]
+                cells += [
+                    _less(each[which], found[AGAINST][which], key) for key in ("geometric", "both", "feature", "look")
+                ]
             lines.append(f"| {' | '.join(cells)} |")
         for name, scores in results.get("references", {}).items():
-            blank = ["", ""] * (AGAINST in found)
+            blank = [""] * len(LESS) * (AGAINST in found)
             cells = [f"*{name}*", "", *_cells(scores, ["content", "style", "both"]), *blank]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
@@ -68,7 +74,11 @@ def short_tables(results: Results) -> str:
 
 
 def _less(one: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]], key: str) -> str:
-    return "" if one is other else _signed(difference(np.asarray(one[key]), np.asarray(other[key])))
+    if one is other:
+        return ""
+    if key == "geometric":
+        return _signed(difference(_hits(one), _hits(other), geometric))
+    return _signed(difference(np.asarray(one[key]), np.asarray(other[key])))
 
 
 def _about(results: Results) -> str:

@@ -69,7 +69,9 @@ def screen_method(bench: Bench, name: str) -> dict[str, Any]:
 
 def screen_shots(bench: Bench, name: str, rate: float, shots: int, merge: str = EXACT) -> dict[str, Any]:
     """A method at its rate from some style pictures: weights, drift, each adapter alone, fewer steps."""
-    grid = (EVEN, *(bench.stage.weights if bench.plan.merge(merge).sweep else ()))
+    stage = bench.stage
+    swept = stage.weights if merge == EXACT or stage.merge_weights is None else stage.merge_weights
+    grid = (EVEN, *(swept if bench.plan.merge(merge).sweep else ()))
     frontier: list[tuple[Weights, Scores]] = [(w, bench.scores(Cell(name, rate, shots, merge, w))) for w in grid]
     best, scores = max(frontier, key=lambda each: objective([each[1]]))
     even = Cell(name, rate, shots, merge)

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -207,7 +208,9 @@ def write_results(
         "candidates": len(bench.scorer.candidates),
         "classifier": {"true": bench.scorer.judge.accuracy, "shown": bench.scorer.judge.accuracy_shown},
     }
-    atomic_write(path, json.dumps({**about, **more, "methods": found}, indent=1) + "\n")
+    text = json.dumps({**about, **more, "methods": found}, indent=1)
+    text = re.sub(r"\[[^][{}]*\]", lambda row: " ".join(row[0].split()), text)  # numbers by pair in one line
+    atomic_write(path, text + "\n")
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +10,16 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 
+from benchmarks.fusion.config import load_plan
+from benchmarks.fusion.report import share
 from qrlora import starter
+from qrlora.blend import BlendConfig
+from qrlora.blend.roles import ROLES, fill_trainings, plan_parts
+from qrlora.blend.weights import weights_of
 from qrlora.errors import QrloraError
 from qrlora.models import load_pipeline
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "fusion"
 TRIGGERS = ["<c>", "<s>", *(f"<v{i}>" for i in range(1, 9))]
 
 
@@ -65,6 +72,30 @@ def test_its_settings_are_short_and_guided() -> None:
     assert settings["generation"]["max_sequence_length"] == 32
     assert settings["generation"]["true_cfg_scale"] > 1
     assert settings["generation"]["negative_prompt"] == ""
+
+
+def test_what_it_wants_of_a_blend_is_what_is_best_in_the_fusion_benchmark(tmp_path: Path) -> None:
+    results = json.loads((RESULTS / "test.json").read_text(encoding="utf-8"))
+    shares = {
+        name: np.mean([share(each["best"]) for each in found["shots"].values()])
+        for name, found in results["methods"].items()
+    }
+    best = max(shares, key=lambda name: shares[name])
+    method, stage, chosen = load_plan().method(best), results["stage"], results["methods"][best]
+    config, model = BlendConfig(output=tmp_path), load_pipeline(starter.path())
+    parts, _ = plan_parts(config)
+    fill_trainings(parts, model)
+    steps = {"content": stage["steps"]["content"], "style": stage["steps"]["style"]["1"]}
+    for role in ROLES:
+        training = parts[role].training
+        assert training is not None
+        assert training.adapter.basis == method.adapter["basis"]
+        assert training.learning_rate == chosen["rate"]
+        assert (training.max_train_steps, training.train_batch_size) == (steps[role], stage["batch"])
+        for key, value in method.training.get(role, {}).items():
+            assert getattr(training, key) == (tuple(value) if isinstance(value, list) else value)
+    weights = weights_of(config, model)
+    assert [weights.content, weights.style] == chosen["shots"]["1"]["weights"]
 
 
 def test_samples_are_pictures_of_the_bases_size() -> None:
