@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from transformers.utils import logging as transformers_logging
 
+from tests.tiny_newer import save_qwen_image, save_z_image
 from tests.tiny_pipelines import save_flux, save_sd3, save_sdxl
 
 transformers_logging.disable_progress_bar()
@@ -43,3 +44,15 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny StableDiffusionXLPipeline that predicts noise; read only."""
     return save_sdxl(tmp_path_factory.mktemp("models") / "tiny-sdxl")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny QwenImagePipeline; read only."""
+    return save_qwen_image(tmp_path_factory.mktemp("models") / "tiny-qwen-image")
+
+
+@pytest.fixture(scope="session")
+def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny ZImagePipeline; read only."""
+    return save_z_image(tmp_path_factory.mktemp("models") / "tiny-z-image")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qrlora.formats import Adapter, LowRank
 from tests.tiny_models import tiny_flux, tiny_sd3
+from tests.tiny_newer import flux2_transformer, qwen_image_transformer, sd15_unet, z_image_transformer
 
 RELATIVE = 1e-6
 
@@ -34,7 +35,15 @@ def tiny_sdxl(seed: int = 0) -> UNet2DConditionModel:
     ).eval()
 
 
-MODELS: Mapping[str, Callable[[], nn.Module]] = {"flux": tiny_flux, "sd3": tiny_sd3, "sdxl": tiny_sdxl}
+MODELS: Mapping[str, Callable[[], nn.Module]] = {
+    "flux": tiny_flux,
+    "sd3": tiny_sd3,
+    "sdxl": tiny_sdxl,
+    "sd15": lambda: sd15_unet(resnets=2),
+    "flux2": lambda: flux2_transformer(guidance_embeds=True),
+    "qwen-image": qwen_image_transformer,
+    "z-image": z_image_transformer,
+}
 
 
 def adaptable(kind: str) -> dict[str, tuple[int, ...]]:
@@ -54,7 +63,7 @@ def real_adapter(kind: str, *ends: str, rank: int = 2, seed: int = 0) -> Adapter
     generator = torch.Generator().manual_seed(seed)
     shapes = {path: shape for path, shape in adaptable(kind).items() if not ends or path.endswith(ends)}
     layers = {path: random_pair(shape, rank, generator) for path, shape in shapes.items()}
-    return Adapter(layers, None, "unet" if kind == "sdxl" else "transformer")
+    return Adapter(layers, None, "unet" if kind in ("sdxl", "sd15") else "transformer")
 
 
 def dense64(pair: LowRank) -> Tensor:
