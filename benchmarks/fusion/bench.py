@@ -199,7 +199,7 @@ class Bench(Layout):
         if way.runtime:
             schedule_of(way, adapters)
         else:
-            merged(way, adapters, cell.weights, self.model)
+            self._merge(cell, index, adapters)
         return round(time.perf_counter() - started, 4)
 
     def _merged(self, cell: Cell, index: int) -> Picture:
@@ -210,7 +210,12 @@ class Bench(Layout):
         if method.runtime or merge.runtime:
             both = tuple(zip(adapters, weights, strict=True))
             return Picture(MERGED_PROMPT, seed, both, schedule_of(merge, adapters))
-        return Picture(MERGED_PROMPT, seed, ((merged(merge, adapters, weights, self.model), 1.0),))
+        return Picture(MERGED_PROMPT, seed, ((self._merge(cell, index, adapters), 1.0),))
+
+    def _merge(self, cell: Cell, index: int, adapters: Sequence[Adapter]) -> Adapter:
+        # The store's adapters do not say what they were trained on; one caption of each is what the library asks for.
+        prompts = [self.lesson(task).captions[0] for task in self.tasks_of(cell, index)]
+        return merged(self.plan.merge(cell.merge), adapters, cell.weights, self.model, prompts)
 
     def _adapter(self, task: Task) -> Adapter:
         adapter = self.store.adapter(self.task_key(task))

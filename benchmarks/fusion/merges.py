@@ -12,10 +12,21 @@ from qrlora.merging import merge, run_time_names, run_time_rule
 from qrlora.models import LoadedModel
 
 
-def merged(way: Merge, adapters: Sequence[Adapter], weights: Sequence[float], base: LoadedModel) -> Adapter:
-    """The merge; a weight of 0 leaves an adapter out. What the library warns of (norms, ranks) is measured here."""
-    used = [(adapter, weight) for adapter, weight in zip(adapters, weights, strict=True) if weight != 0]
-    parts, strengths = [adapter for adapter, _ in used], [weight for _, weight in used]
+def merged(
+    way: Merge, adapters: Sequence[Adapter], weights: Sequence[float], base: LoadedModel, prompts: Sequence[str]
+) -> Adapter:
+    """The merge; a weight of 0 leaves an adapter out. What the library warns of (norms, ranks) is measured here.
+
+    Args:
+        way: how.
+        adapters: at least one.
+        weights: one an adapter.
+        base: what a method learns on that learns.
+        prompts: what such a method draws with each adapter alone.
+    """
+    used = [each for each in zip(adapters, weights, prompts, strict=True) if each[1] != 0]
+    parts, strengths = [adapter for adapter, _, _ in used], [weight for _, weight, _ in used]
+    drawn = [prompt for _, _, prompt in used]
     # Adapters of other parts of the network have other layers: what both have is merged, the rest is kept.
     apart = len({frozenset(part.layers) for part in parts}) > 1
     method = "auto" if way.method == EXACT else way.method
@@ -28,7 +39,7 @@ def merged(way: Merge, adapters: Sequence[Adapter], weights: Sequence[float], ba
             normalize=way.normalize,
             blocks=["all"] * len(parts) if apart else None,
             **way.options,
-            **({"model": base} if way.on_base else {}),
+            **({"model": base, "prompts": drawn} if way.on_base else {}),
         )
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.fusion import bench as bench_module
 from benchmarks.fusion import stages
 from benchmarks.fusion.__main__ import main
 from benchmarks.fusion.bench import Bench
 from benchmarks.fusion.cells import Cell
-from benchmarks.fusion.config import EVEN, Method, Plan, load_plan
+from benchmarks.fusion.config import EVEN, Merge, Method, Plan, load_plan
 from benchmarks.fusion.merges import merged
 from benchmarks.fusion.publish import publish
 from benchmarks.fusion.run import objective, plan_work, references, screen_method
@@ -21,6 +22,7 @@ from benchmarks.fusion.splits import Splits, derive, load, spread
 from benchmarks.fusion.stages import Options, best_methods, write_results
 from benchmarks.fusion.store import NotThereYet, Progress, Store, key_of
 from qrlora.errors import QrloraError
+from qrlora.merging import merge
 from tools.emoji.dataset import Emoji
 
 STAGE = {
@@ -118,6 +120,23 @@ def test_plain_lora_starts_apart_by_role_and_a_basis_does_not() -> None:
     assert random.spec("content", 4, 3).seed == random.spec("style", 4, 3).seed == 0
 
 
+def test_a_merge_that_learns_is_told_what_its_adapters_draw(bench: Bench) -> None:
+    way = Merge(about="learned", method="zip", options={"steps": 1, "pictures": 1}, on_base=True, sweep=False)
+    bench.plan.merges["learned"] = way
+    bench.train(bench.tasks(bench.plan.method("lora"), 0.01, [1]))
+    cell = Cell("lora", 0.01, 1, "learned")
+    assert bench.scores(cell)["content"].shape == (2,)
+    content, style = bench.tasks_of(cell, 0)
+    prompts = [bench.lesson(content).captions[0], bench.lesson(style).captions[0]]
+    assert prompts[0] == "a <c> emoji in noto style"
+    assert prompts[1].endswith(" emoji in <s> style")
+    parts = [part for task in (content, style) if (part := bench.store.adapter(bench.task_key(task))) is not None]
+    whole = merged(way, parts, EVEN, bench.model, prompts)
+    theirs = merge(parts, [1.0, 1.0], "zip", model=bench.model, prompts=prompts, **way.options)
+    for layer, pair in whole.layers.items():
+        assert torch.equal(pair.delta(), theirs.layers[layer].delta())
+
+
 def test_pictures_of_a_cell_are_those_of_its_merge(bench: Bench) -> None:
     """Against the library's own way: merge the files, attach, generate."""
     from qrlora.adapter import attach_adapter, remove_adapter
@@ -128,7 +147,9 @@ def test_pictures_of_a_cell_are_those_of_its_merge(bench: Bench) -> None:
     content, style = bench.tasks_of(cell, 2)
     parts = [bench.store.adapter(bench.task_key(task)) for task in (content, style)]
     assert all(part is not None for part in parts)
-    whole = merged(bench.plan.merge("exact"), [part for part in parts if part is not None], (2.0, 0.5), bench.model)
+    whole = merged(
+        bench.plan.merge("exact"), [part for part in parts if part is not None], (2.0, 0.5), bench.model, ["", ""]
+    )
     for layer, pair in whole.layers.items():
         deltas = [part.layers[layer].delta().double() for part in parts if part is not None]
         assert np.allclose(pair.delta(), 2 * deltas[0] + 0.5 * deltas[1], atol=1e-7)
@@ -284,7 +305,7 @@ def test_parts_of_the_network_and_ranges_of_timesteps_are_a_methods_own(bench: B
     cell = Cell("apart", 0.01, 1)
     bench.train(bench.tasks(method, 0.01, [1]))
     parts = [bench.store.adapter(bench.task_key(task)) for task in bench.tasks_of(cell, 0)]
-    whole = merged(bench.plan.merge("exact"), [part for part in parts if part is not None], EVEN, bench.model)
+    whole = merged(bench.plan.merge("exact"), [part for part in parts if part is not None], EVEN, bench.model, ["", ""])
     layers = [set(part.layers) for part in parts if part is not None]
     assert not layers[0] & layers[1]
     assert set(whole.layers) == layers[0] | layers[1]
