@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.basis import RESULTS, describe
 from qrlora import starter
 from qrlora.adapter import (
     AdapterBank,
@@ -38,6 +37,7 @@ from qrlora.adapter import (
 from qrlora.formats import Adapter, LowRank
 from qrlora.models import LoadedModel, load_pipeline
 
+RESULTS = Path(__file__).parent / "results"
 PICTURES = 8
 Inputs = tuple[Tensor, Tensor, Mapping[str, Tensor]]
 
@@ -247,7 +247,9 @@ def main() -> None:
         torch.set_num_threads(1)
     report: dict[str, Any] = {
         "command": "python -m benchmarks.many_adapters " + shlex.join(sys.argv[1:]),
-        "device": describe(device),
+        "device": f"CPU, {torch.get_num_threads()} thread(s), {torch.backends.cpu.get_cpu_capability()}"
+        if device.type == "cpu"
+        else torch.cuda.get_device_name(device),
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "repeats": options.repeats,
