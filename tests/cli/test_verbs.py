@@ -119,6 +119,12 @@ def test_generate_and_repeat(run: Run, adapter: Path, desk: Path, capsys: pytest
     assert {path.name for path in desk.glob("n-*.png")} == {"n-0.png", "n-1.png"}
 
 
+def test_a_batch_size_without_a_list_is_refused(run: Run, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate --prompt a_<c>_dog --batch-size 2 --output x.png") == 2
+    assert "--batch-size is for pictures of a list; give --jobs FILE" in capsys.readouterr().err
+    assert not (desk / "x.png").exists()
+
+
 def test_repeat_is_refused_when_its_parts_have_changed(
     run: Run, adapter: Path, desk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,8 +41,8 @@ class GenerateOptions(BaseModel):
     jobs: Path | None = None
     """A list of pictures instead (YAML, JSON, or .jsonl): prompt, seed, adapters (FILE: WEIGHT) and name of each. They
     are drawn several at a time, each with its own adapters, into the folder --output."""
-    batch_size: int = Field(default=4, gt=0)
-    """With --jobs, pictures drawn at a time."""
+    batch_size: int | None = Field(default=None, gt=0)
+    """With --jobs, pictures drawn at a time; 4 where not given."""
     model: str | None = None
     """Hub id or local diffusers folder; none means the embedded base."""
     device: str | None = None
@@ -63,6 +63,7 @@ class GenerateOptions(BaseModel):
     max_sequence_length: int | None = Field(default=None, gt=0)
 
 
+_BATCH = 4
 _OF_ONE = ("prompt", "adapter", "from_", "seed", "num_images")
 _ONE_BY_ONE = ("method", "option")
 _RANGE = re.compile(r"(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)")
@@ -87,6 +88,8 @@ def run(arguments: Sequence[str]) -> None:
     options = parse_options(GenerateOptions, "generate", arguments)
     if options.jobs is not None:
         return _generate_list(options, options.jobs)
+    if options.batch_size is not None:
+        raise QrloraError("--batch-size is for pictures of a list; give --jobs FILE, or drop it.")
     outputs = output_files(options.output, options.num_images)
     for path in outputs:
         refuse_existing(path, options.overwrite)
@@ -146,7 +149,7 @@ def _generate_list(options: GenerateOptions, path: Path) -> None:
     painter = load_painter(options.model, options.device, options.memory)
     painter.settings = settings_of(options, painter.settings, painter.loaded)
     with enough_to("draw", options.memory):
-        for file in paint_wishes(painter, wishes, files, options.batch_size):
+        for file in paint_wishes(painter, wishes, files, options.batch_size or _BATCH):
             print(file)
 
 
