@@ -38,7 +38,7 @@ class Method(Entry):
         content, style: fields that differ by role.
         training: further fields of `TrainConfig` by role, such as a range of timesteps.
         learning_rates: tried on dev.
-        group: which screens it belongs to.
+        family: methods of one family differ in rank alone, and are one line of the plot against it.
     """
 
     about: str
@@ -47,7 +47,7 @@ class Method(Entry):
     style: dict[str, Any] = {}
     training: dict[Role, dict[str, Any]] = {}
     learning_rates: tuple[float, ...] = Field(min_length=1)
-    group: Literal["main", "rank"] = "main"
+    family: str | None = None
 
     def spec(self, role: Role, rank: int, seed: int) -> AdapterSpec:
         """The adapter of a role; `rank` unless the method has its own.

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from benchmarks.fusion.report import share
+from benchmarks.fusion.report import hits, share
+from benchmarks.fusion.statistics import bootstrap, geometric
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
@@ -32,7 +33,7 @@ def frontier(results: Mapping[str, Any], shots: str, path: Path) -> None:
         x, y = zip(*points, strict=True)
         if name in front:
             i = front.index(name)
-            axes.plot(x, y, DASHES[i], color=COLOURS[i], marker=MARKERS[i], markersize=7, label=name, alpha=0.85)
+            axes.plot(x, y, label=name, **_style(i))
         else:
             axes.plot(x, y, ".", color="0.75", markersize=6, zorder=0)
     for name, mark in REFERENCES.items():
@@ -59,17 +60,17 @@ def outer(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def against_steps(results: Mapping[str, Any], shots: str, path: Path) -> bool:
     """The objective against the content adapter's steps; False where there are no other steps than the last."""
     last = results["stage"]["steps"]["content"]
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, list[Point]] = {}
     for name, each in results["methods"].items():
         found = (each.get("shots") or {}).get(shots)
         if found and found.get("steps"):
-            points = [(int(k), (s["content"] * s["style"]) ** 0.5) for k, s in found["steps"].items()]
-            lines[name] = [*points, (last, share(found["even"]))]
+            points = [Point(int(k), (s["content"] * s["style"]) ** 0.5) for k, s in found["steps"].items()]
+            lines[name] = [*points, Point(last, share(found["even"]))]
     return _lines(lines, "steps of the content adapter", shots, path)
 
 
 def against_rank(results: Mapping[str, Any], shots: str, ranks: Mapping[str, tuple[str, int]], path: Path) -> bool:
-    """The objective against rank; False where no family has two ranks.
+    """The objective at each method's best weights against rank, with its interval; False where no family has two ranks.
 
     Args:
         results: of a screen.
@@ -77,27 +78,38 @@ def against_rank(results: Mapping[str, Any], shots: str, ranks: Mapping[str, tup
         ranks: by method, its family and rank.
         path: of the picture.
     """
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, list[Point]] = {}
     for name, (family, rank) in ranks.items():
         found = (results["methods"].get(name, {}).get("shots") or {}).get(shots)
         if found:
-            lines.setdefault(family, []).append((rank, share(found["best"])))
-    return _lines({k: sorted(v) for k, v in lines.items() if len(v) > 1}, "rank", shots, path)
+            interval = bootstrap(hits(found["best"]), geometric)
+            lines.setdefault(family, []).append(Point(rank, interval.value, (interval.low, interval.high)))
+    lines = {family: sorted(points, key=lambda each: each.x) for family, points in lines.items() if len(points) > 1}
+    return _lines(lines, "rank", shots, path)
 
 
-def _lines(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, shots: str, path: Path) -> bool:
+class Point(NamedTuple):
+    """Of a line, with the interval of y where it is known."""
+
+    x: int
+    y: float
+    interval: tuple[float, float] | None = None
+
+
+def _lines(lines: Mapping[str, Sequence[Point]], label: str, shots: str, path: Path) -> bool:
     if not lines:
         return False
-    ranked = sorted(lines, key=lambda name: -lines[name][-1][1])
-    front = list(dict.fromkeys([*ranked[: SHOWN - 1], *(name for name in ("lora",) if name in lines)]))
     figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
-    for name in ranked:
-        x, y = zip(*lines[name], strict=True)
-        if name in front:
-            i = front.index(name)
-            axes.plot(x, y, DASHES[i], color=COLOURS[i], marker=MARKERS[i], markersize=7, label=name, alpha=0.85)
-        else:
-            axes.plot(x, y, "-", color="0.8", zorder=0)
+    places = sorted({point.x for points in lines.values() for point in points})
+    for i, (name, points) in enumerate(sorted(lines.items(), key=lambda each: -each[1][-1].y)):
+        aside = 1 + 0.02 * i  # so that the bars of two families do not hide each other
+        axes.plot([point.x * aside for point in points], [point.y for point in points], label=name, **_style(i))
+        for point in points:
+            if point.interval is not None:
+                axes.plot([point.x * aside] * 2, point.interval, color=_style(i)["color"], alpha=0.5, linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(places, labels=[str(place) for place in places])
+    axes.minorticks_off()
     axes.set(xlabel=label, ylabel="geometric mean of content and style right")
     axes.set_ylim(0, None)
     axes.set_title(f"{shots} style picture{'s' * (shots != '1')}")
@@ -105,6 +117,15 @@ def _lines(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, shots
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _saved(figure, path)
     return True
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Of the lines of a plot in their order."""
+    names, kinds = ("color", "marker", "linestyle"), (COLOURS, MARKERS, DASHES)
+    return {name: kind[index % len(kind)] for name, kind in zip(names, kinds, strict=True)} | {
+        "markersize": 7,
+        "alpha": 0.85,
+    }
 
 
 def _saved(figure: Any, path: Path) -> None:

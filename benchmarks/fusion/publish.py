@@ -34,9 +34,9 @@ def publish(bench: Bench, results: dict[str, Any], folder: Path, name: str, docu
     written = [atomic_write(folder / f"{name}.md", f"# The fusion benchmark: {name}\n\n{text}\n")]
     put_between(document, name, short_tables(results))
     ranks = {
-        key: (method.adapter["basis"], method.spec("content", bench.stage.rank, 0).rank)
+        key: (method.family, method.spec("content", bench.stage.rank, 0).rank)
         for key, method in bench.plan.methods.items()
-        if key in ("qr", "lora") or method.group == "rank"
+        if method.family is not None
     }
     for shots in map(str, bench.stage.shots):
         if any(len(each.get("frontier", [])) > 1 for each in _shots(results, shots)):

@@ -77,7 +77,7 @@ def _less(one: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float
     if one is other:
         return ""
     if key == "geometric":
-        return _signed(difference(_hits(one), _hits(other), geometric))
+        return _signed(difference(hits(one), hits(other), geometric))
     return _signed(difference(np.asarray(one[key]), np.asarray(other[key])))
 
 
@@ -123,10 +123,11 @@ def _cells(scores: Mapping[str, Sequence[float]], names: Sequence[str]) -> list[
 
 def share(scores: Mapping[str, Sequence[float]]) -> float:
     """The geometric mean of content right and style right."""
-    return float(geometric(_hits(scores)))
+    return float(geometric(hits(scores)))
 
 
-def _hits(scores: Mapping[str, Sequence[float]]) -> np.ndarray:
+def hits(scores: Mapping[str, Sequence[float]]) -> np.ndarray:
+    """Content right and style right, `[pairs, 2]`."""
     return np.stack([np.asarray(scores["content"]), np.asarray(scores["style"])], axis=1)
 
 
@@ -141,7 +142,7 @@ def difference_table(results: Results, shots: str) -> list[str]:
             continue
         for which, words in (("even", "1, 1"), ("best", "best")):
             one, other = found[name][which], found[AGAINST][which]
-            values = [difference(_hits(one), _hits(other), geometric)]
+            values = [difference(hits(one), hits(other), geometric)]
             values += [difference(np.asarray(one[k]), np.asarray(other[k])) for k in ("both", "feature", "look")]
             lines.append(f"| {name} | {words} | {' | '.join(_signed(each) for each in values)} |")
     return lines

@@ -71,7 +71,7 @@ def write_splits(options: Options) -> None:
 def screen(options: Options) -> None:
     """Every method on dev; the results are written after each."""
     plan = load_plan()
-    names = options.methods or [name for name, method in plan.methods.items() if method.group == "main"]
+    names = options.methods or list(plan.methods)
     for name in names:
         plan.method(name)
     bench, through = open_bench(options, plan, options.stage(plan, "screen"))

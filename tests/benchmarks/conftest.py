@@ -84,7 +84,8 @@ def scorer(emoji: Emoji, splits: Splits) -> Scorer:
 def plan() -> Plan:
     small = {"basis": "qr", "mask": "full", "rank": 2}
     methods = {
-        "qr": Method(about="small", adapter=small, learning_rates=(0.01, 0.02)),
+        "qr": Method(about="small", adapter=small, learning_rates=(0.01, 0.02), family="QR"),
+        "qr-r1": Method(about="smaller", adapter={**small, "rank": 1}, learning_rates=(0.01,), family="QR"),
         "lora": Method(about="baseline", adapter={"basis": "lora", "rank": 2}, learning_rates=(0.01,)),
         "gated": Method(about="run time", adapter={**small, "experts": 2}, learning_rates=(0.01,)),
     }

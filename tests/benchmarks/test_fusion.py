@@ -39,7 +39,7 @@ STAGE = {
 
 
 def test_a_screen_trains_merges_scores_and_writes_its_table(bench: Bench, tmp_path: Path) -> None:
-    found = {name: screen_method(bench, name) for name in ("qr", "lora", "gated")}
+    found = {name: screen_method(bench, name) for name in ("qr", "qr-r1", "lora", "gated")}
     assert set(found["qr"]["rates"]) == {"0.01", "0.02"}
     part = found["qr"]["shots"]["1"]
     assert len(part["even"]["content"]) == 2
@@ -59,6 +59,7 @@ def test_a_screen_trains_merges_scores_and_writes_its_table(bench: Bench, tmp_pa
     written = publish(bench, results, options.results, "screen", document)
     assert {file.suffix for file in written} == {".md", ".png"}
     assert all(file.stat().st_size > 0 for file in written)
+    assert {"screen-frontier-1.png", "screen-steps-1.png", "screen-rank-1.png"} <= {file.name for file in written}
     text = document.read_text(encoding="utf-8")
     assert text.startswith("before")
     assert text.endswith("after\n")
