@@ -6,7 +6,7 @@ run sees, and what is drawn does not depend on how many processes share it (see 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
@@ -143,6 +143,31 @@ def level_weights(config: TrainConfig, process: NoiseProcess, index: Tensor) -> 
     return compute_loss_weighting_for_sd3(config.weighting_scheme, process.levels[index])
 
 
+class Inputs(NamedTuple):
+    """What the denoiser and the loss are given for one batch: latents and noise `[B, C, h, w]`, the conditioning's
+    rows, mask weights `[B, 1, h, w]` and weights by noise level `[B]`, or None."""
+
+    clean: Tensor
+    noise: Tensor
+    conditioning: Mapping[str, Tensor]
+    mask_weights: Tensor | None
+    weighting: Tensor | None
+
+
+def inputs_of(encoded: Encoded, drawn: Draw, device: torch.device | str = "cpu") -> Inputs:
+    """The drawn rows of the cache, on `device`: nothing is read from a disk, decoded or encoded at a step."""
+    group = encoded.groups[drawn.group]
+    captions = {key: _on(device, rows[drawn.captions]) for key, rows in encoded.conditioning.items()}
+    places = {key: _on(device, rows[drawn.rows]) for key, rows in group.picture_conditioning.items()}
+    return Inputs(
+        _on(device, group.latents[drawn.rows]),
+        _on(device, drawn.noise),
+        captions | places,
+        None if group.weights is None else _on(device, group.weights[drawn.rows]),
+        None if drawn.weighting is None else _on(device, drawn.weighting),
+    )
+
+
 def loss_of(
     family: Family,
     denoiser: nn.Module,
@@ -154,17 +179,12 @@ def loss_of(
 ) -> Tensor:
     """The batch's mean loss, in fp32, computed on `device`; pictures with a mask count within it alone, at the same
     scale."""
-    group = encoded.groups[drawn.group]
-    clean, noise = _on(device, group.latents[drawn.rows]), _on(device, drawn.noise)
-    conditioning: Mapping[str, Tensor] = {
-        **{key: _on(device, rows[drawn.captions]) for key, rows in encoded.conditioning.items()},
-        **{key: _on(device, rows[drawn.rows]) for key, rows in group.picture_conditioning.items()},
-    }
-    noisy = process.noisy(clean, noise, drawn.index)
-    predicted = family.predict(denoiser, noisy, _on(device, process.levels[drawn.index]), conditioning, guidance)
-    weights = None if group.weights is None else _on(device, group.weights[drawn.rows])
-    weighting = None if drawn.weighting is None else _on(device, drawn.weighting)
-    return weighted_loss(predicted, process.target(clean, noise, drawn.index), weights, weighting)
+    given = inputs_of(encoded, drawn, device)
+    noisy = process.noisy(given.clean, given.noise, drawn.index)
+    levels = _on(device, process.levels[drawn.index])
+    predicted = family.predict(denoiser, noisy, levels, given.conditioning, guidance)
+    target = process.target(given.clean, given.noise, drawn.index)
+    return weighted_loss(predicted, target, given.mask_weights, given.weighting)
 
 
 def _on(device: torch.device | str, tensor: Tensor) -> Tensor:
