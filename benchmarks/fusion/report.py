@@ -32,6 +32,7 @@ def tables(results: Results) -> str:
             lines += [f"### {shots} style picture{plural}, {words}", "", *score_table(results, str(shots), which), ""]
         lines += [f"### Against plain LoRA on the same pairs, {shots} style picture{plural}", ""]
         lines += [*difference_table(results, str(shots)), ""]
+    lines += ["### Against plain LoRA, for other contents or other styles", "", *carried_table(results), ""]
     lines += ["### Each adapter alone, and the learning rates that were chosen", "", *alone_table(results), ""]
     return "\n".join(lines)
 
@@ -145,6 +146,24 @@ def difference_table(results: Results, shots: str) -> list[str]:
             values = [difference(hits(one), hits(other), geometric)]
             values += [difference(np.asarray(one[k]), np.asarray(other[k])) for k in ("both", "feature", "look")]
             lines.append(f"| {name} | {words} | {' | '.join(_signed(each) for each in values)} |")
+    return lines
+
+
+def carried_table(results: Results) -> list[str]:
+    """The differences at the best weights with whole contents, or whole styles, drawn again: how far they carry."""
+    contents, styles = zip(*results["pairs"], strict=True)
+    lines = ["| | style pictures | drawn again | geometric mean | both right | look distance |", "|---" * 6 + "|"]
+    for name, each in results["methods"].items():
+        against = results["methods"].get(AGAINST, {}).get("shots")
+        for shots in each.get("shots") or () if name != AGAINST and against else ():
+            one, other = each["shots"][shots]["best"], against[shots]["best"]
+            for words, groups in (("contents", contents), ("styles", styles)):
+                values = [difference(hits(one), hits(other), geometric, groups=groups)]
+                values += [
+                    difference(np.asarray(one[k]), np.asarray(other[k]), groups=groups) for k in ("both", "look")
+                ]
+                told = " | ".join(_signed(value) for value in values)
+                lines.append(f"| {name} | {shots} | {words} | {told} |")
     return lines
 
 

@@ -45,6 +45,17 @@ def test_a_difference_on_the_same_pairs_is_the_interval_of_the_differences() -> 
         bootstrap(np.zeros(0))
 
 
+def test_whole_groups_are_drawn_again() -> None:
+    values, groups = np.array([0.0, 2.0, 4.0, 1.0, 9.0, 2.0]), ["a", "b", "c", "a", "b", "c"]
+    of_groups = {"a": [0.0, 1.0], "b": [2.0, 9.0], "c": [4.0, 2.0]}
+    means = [np.mean([of_groups[g] for g in drawn]) for drawn in itertools.product("abc", repeat=3)]
+    found = bootstrap(values, resamples=200_000, groups=groups)
+    assert found.value == 3.0
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975], method="inverted_cdf")))
+    with pytest.raises(ValueError, match="not of one size"):
+        bootstrap(values, groups=["a", "a", "a", "b", "b", "c"])
+
+
 def test_the_geometric_mean_is_of_the_shares() -> None:
     hits = np.array([[1, 0], [1, 1], [0, 0], [1, 0]], float)
     assert geometric(hits) == pytest.approx((0.75 * 0.25) ** 0.5)
