@@ -44,6 +44,12 @@ def test_looks_change_colours_as_they_say(picture: Path) -> None:
         round(low + grey * (high - low)) for low, high in zip((58, 12, 110), (255, 222, 60), strict=True)
     ]
     assert inside["a thing in sepia tones"] == [112, 66, 34]  # the second of five steps
+    assert inside["a thing in shades of grey"] == [76, 76, 76]
+    assert inside["a thing in black and white"] == [0, 0, 0]
+    assert inside["a thing as an embossed relief"] == [140, 140, 140]  # .55, flat where the colour is
+    halftone = found["a thing as a halftone print"].mean(0)
+    assert (halftone[:6] == 1).all()  # paper
+    assert -1 < halftone[9:23, 9:23].mean() < -0.3  # dots, most of it ink
     lines = found["a thing as a line drawing"].mean(0)
     assert lines[16, 16] == 1
     assert lines[16, 8] < -0.9

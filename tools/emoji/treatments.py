@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from qrlora.data import LOOKS
-from qrlora.data.looks import edges, grey, ramp, to_bytes
+from qrlora.data.looks import blur, edges, grey, ramp, to_bytes, unit
 
 Picture = np.ndarray
 Colour = tuple[int, int, int]
@@ -28,17 +28,6 @@ class Treatment:
     words: str
     role: Literal["train", "held-out"]
     apply: Callable[[Picture], Picture]
-
-
-def unit(size: int) -> int:
-    """A length of one pixel at 64, in proportion at other sizes."""
-    return max(1, round(size / 64))
-
-
-def blur(values: np.ndarray, radius: float) -> np.ndarray:
-    """Gaussian blur of values in 0..1, [H, W]."""
-    image = Image.fromarray(np.rint(values * 255.0).astype(np.uint8))
-    return np.asarray(image.filter(ImageFilter.GaussianBlur(radius)), dtype=np.float32) / 255.0
 
 
 def figure(picture: Picture) -> np.ndarray:
@@ -75,24 +64,6 @@ def paper(size: int, strength: float) -> np.ndarray:
     noise = np.random.default_rng(7).standard_normal((size, size)).astype(np.float32)
     coarse = blur(np.clip(0.5 + noise / 6, 0, 1), 0.7 * unit(size)) - 0.5
     return 1.0 + strength * coarse / max(float(coarse.std()), 1e-6)
-
-
-def halftone(picture: Picture) -> Picture:
-    """Black dots on white, larger where it is darker."""
-    size = picture.shape[0]
-    cell = 4 * unit(size)
-    y, x = np.mgrid[: picture.shape[0], : picture.shape[1]].astype(np.float32)
-    u, v = (x + y) * np.pi / cell / np.sqrt(2), (x - y) * np.pi / cell / np.sqrt(2)
-    screen = 0.5 + 0.25 * (np.cos(2 * u) + np.cos(2 * v))
-    dark = 1.0 - blur(grey(picture), 0.6 * unit(size))
-    return to_bytes(np.clip(0.5 + (screen + 0.15 - 1.35 * dark) * 4.0, 0, 1))
-
-
-def embossed(picture: Picture) -> Picture:
-    """A grey relief lit from the upper left."""
-    step = unit(picture.shape[0])
-    values = np.pad(grey(picture), step, mode="edge")
-    return to_bytes(0.55 + 1.2 * (values[2 * step :, 2 * step :] - values[: -2 * step, : -2 * step]))
 
 
 def pixelated(picture: Picture) -> Picture:
@@ -159,8 +130,8 @@ TREATMENTS: dict[str, Treatment] = {
         _look("line-drawing"),
         _look("sepia"),
         _look("inverted"),
-        Treatment("halftone", "as a halftone print", "train", halftone),
-        Treatment("embossed", "as an embossed relief", "train", embossed),
+        _look("halftone"),
+        _look("embossed"),
         Treatment("pixelated", "as pixel art", "train", pixelated),
         Treatment("blue-background", "on a blue background", "train", blue_background),
         _look("duotone"),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from PIL import Image, ImageFilter
 
 from qrlora.data._examples import Source
 from qrlora.errors import QrloraError
@@ -18,6 +19,7 @@ Colour = tuple[int, int, int]
 SEPIA: tuple[Colour, ...] = ((46, 26, 14), (112, 66, 34), (178, 122, 70), (222, 184, 128), (250, 236, 208))
 PURPLE: Colour = (58, 12, 110)
 YELLOW: Colour = (255, 222, 60)
+WHITE_FROM = 0.6  # of brightness: a figure's colours become black, its paper and lights stay white
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
@@ -38,6 +40,17 @@ def to_bytes(values: np.ndarray) -> Pixels:
     """Values in 0..1, [H, W] or [H, W, 3], as a uint8 picture."""
     picture = np.clip(np.rint(values * 255.0), 0, 255).astype(np.uint8)
     return np.repeat(picture[..., None], 3, axis=2) if picture.ndim == 2 else picture
+
+
+def unit(size: int) -> int:
+    """A length of one pixel at 64, in proportion at other sizes."""
+    return max(1, round(size / 64))
+
+
+def blur(values: np.ndarray, radius: float) -> np.ndarray:
+    """Gaussian blur of values in 0..1, [H, W]."""
+    image = Image.fromarray(np.rint(values * 255.0).astype(np.uint8))
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(radius)), dtype=np.float32) / 255.0
 
 
 def edges(picture: Pixels) -> np.ndarray:
@@ -78,11 +91,43 @@ def duotone(picture: Pixels) -> Pixels:
     return ramp(grey(picture), PURPLE, YELLOW)
 
 
+def halftone(picture: Pixels) -> Pixels:
+    """Black dots on white, larger where it is darker."""
+    size = picture.shape[0]
+    cell = 4 * unit(size)
+    y, x = np.mgrid[: picture.shape[0], : picture.shape[1]].astype(np.float32)
+    u, v = (x + y) * np.pi / cell / np.sqrt(2), (x - y) * np.pi / cell / np.sqrt(2)
+    screen = 0.5 + 0.25 * (np.cos(2 * u) + np.cos(2 * v))
+    dark = 1.0 - blur(grey(picture), 0.6 * unit(size))
+    return to_bytes(np.clip(0.5 + (screen + 0.15 - 1.35 * dark) * 4.0, 0, 1))
+
+
+def embossed(picture: Pixels) -> Pixels:
+    """A grey relief lit from the upper left."""
+    step = unit(picture.shape[0])
+    values = np.pad(grey(picture), step, mode="edge")
+    return to_bytes(0.55 + 1.2 * (values[2 * step :, 2 * step :] - values[: -2 * step, : -2 * step]))
+
+
+def greyscale(picture: Pixels) -> Pixels:
+    """Brightness alone."""
+    return to_bytes(grey(picture))
+
+
+def black_and_white(picture: Pixels) -> Pixels:
+    """Two colours, without shades."""
+    return to_bytes((grey(picture) > WHITE_FROM).astype(np.float32))
+
+
 LOOKS: Mapping[str, Look] = {
     "line-drawing": Look("as a line drawing", line_drawing),
     "sepia": Look("in sepia tones", sepia),
     "inverted": Look("in inverted colours", inverted),
     "duotone": Look("in purple and yellow", duotone),
+    "halftone": Look("as a halftone print", halftone),
+    "embossed": Look("as an embossed relief", embossed),
+    "greyscale": Look("in shades of grey", greyscale),
+    "black-and-white": Look("in black and white", black_and_white),
 }
 """By the name that `looks` of a training gives."""
 
