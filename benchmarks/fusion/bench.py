@@ -41,6 +41,7 @@ class Bench(Layout):
     scorer: Scorer
     progress: Progress = field(default_factory=Progress)
     compute: bool = True
+    _learned: dict[str, Adapter] = field(default_factory=dict[str, Adapter])
 
     @cached_property
     def base(self) -> str:
@@ -210,7 +211,13 @@ class Bench(Layout):
         if method.runtime or merge.runtime:
             both = tuple(zip(adapters, weights, strict=True))
             return Picture(MERGED_PROMPT, seed, both, schedule_of(merge, adapters))
-        return Picture(MERGED_PROMPT, seed, ((self._merge(cell, index, adapters), 1.0),))
+        if not merge.on_base:
+            return Picture(MERGED_PROMPT, seed, ((self._merge(cell, index, adapters), 1.0),))
+        # Learning takes longer than drawing, and drift is drawn with the same merge.
+        key = key_of({"tasks": [self.task_key(task) for task in tasks], "merge": merge.key(), "weights": list(weights)})
+        if key not in self._learned:
+            self._learned[key] = self._merge(cell, index, adapters)
+        return Picture(MERGED_PROMPT, seed, ((self._learned[key], 1.0),))
 
     def _merge(self, cell: Cell, index: int, adapters: Sequence[Adapter]) -> Adapter:
         # The store's adapters do not say what they were trained on; one caption of each is what the library asks for.

@@ -122,12 +122,15 @@ def test_plain_lora_starts_apart_by_role_and_a_basis_does_not() -> None:
     assert random.spec("content", 4, 3).seed == random.spec("style", 4, 3).seed == 0
 
 
-def test_a_merge_that_learns_is_told_what_its_adapters_draw(bench: Bench) -> None:
+def test_a_merge_that_learns_is_told_what_its_adapters_draw(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     way = Merge(about="learned", method="zip", options={"steps": 1, "pictures": 1}, on_base=True, sweep=False)
     bench.plan.merges["learned"] = way
     bench.train(bench.tasks(bench.plan.method("lora"), 0.01, [1]))
     cell = Cell("lora", 0.01, 1, "learned")
     assert bench.scores(cell)["content"].shape == (2,)
+    with monkeypatch.context() as patch:
+        patch.setattr("benchmarks.fusion.bench.merged", None)  # drift is of the merges that were learned already
+        assert bench.drift(cell).shape == (2,)
     content, style = bench.tasks_of(cell, 0)
     prompts = [bench.lesson(content).captions[0], bench.lesson(style).captions[0]]
     assert prompts[0] == "a <c> emoji in noto style"
