@@ -74,8 +74,8 @@ class BlendConfig(BaseModel):
     while it draws, there is no merged file."""
     content_looks: tuple[str, ...] | None = None
     """Also train the content on its picture in these looks, each named in the caption, so that it brings less of the
-    picture's own look along: line-drawing, sepia, inverted, duotone. None is the model's own choice (the embedded base:
-    all of them)."""
+    picture's own look along: line-drawing, sepia, inverted, duotone, halftone, embossed, greyscale, black-and-white.
+    None is the model's own choice (the embedded base: all of them)."""
     sweep_steps: int | None = Field(default=None, gt=0)
     """Also keep the adapters of every so many steps, and lay them against weights on sweep.png."""
     sweep_weights: Weights = (0.5, 0.75, 1.0)

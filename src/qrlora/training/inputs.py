@@ -54,7 +54,8 @@ class Inputs(BaseModel):
     """Mirror each picture half of the time."""
     looks: tuple[str, ...] = ()
     """Also train on each picture in these looks, each named in its caption, so that the adapter leaves the look to the
-    prompt: line-drawing, sepia, inverted, duotone. For the content of a blend."""
+    prompt: line-drawing, sepia, inverted, duotone, halftone, embossed, greyscale, black-and-white. For the content of a
+    blend."""
     repeats: int = Field(default=1, gt=0)
     """How often each instance picture comes in one pass over all of them, before they are shuffled anew."""
     mask_loss: bool = True
