@@ -7,27 +7,46 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.performance._measure import peak_memory
-from qrlora.formats import read_adapter
-from qrlora.merging import merge
+from qrlora.formats import atomic_write, read_adapter
+from qrlora.merging import merge_to_file
 
 CHUNK = 1 << 22
 
 
 def merge_files(paths: Sequence[str], output: str, method: str) -> None:
     """As `qrlora merge` does it."""
-    merge([read_adapter(path, lazy=True) for path in paths], method=method).save(output)
+    merge_to_file([read_adapter(path, lazy=True) for path in paths], output, method=method)
 
 
 def copy_bytes(paths: Sequence[str], output: str, size: int) -> None:
-    """Read all of `paths` and write `size` bytes of it, safely on the disk as `qrlora.formats.atomic_write` has it."""
-    left, buffer = size, bytearray(CHUNK)
-    with open(output, "wb") as target:
-        for path in paths:
-            with open(path, "rb", buffering=0) as stream:
-                while count := stream.readinto(buffer):
-                    left -= target.write(memoryview(buffer)[: min(count, left)])
+    """Read all of `paths` and write `size` bytes of it, as durably and atomically as files of ours, and otherwise
+    plainly: a new file, one fsync of it, a rename over the old one, an fsync of the folder."""
+    temporary = Path(f"{output}.tmp")
+    with temporary.open("xb") as target:
+        for chunk in _bytes_of(paths, size):
+            target.write(chunk)
         target.flush()
         os.fsync(target.fileno())
+    os.replace(temporary, output)
+    folder = os.open(temporary.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def copy_streamed(paths: Sequence[str], output: str, size: int) -> None:
+    """The same through our own writer, which sets the disk to work early and does not keep what was written in memory;
+    beside it stands what a merge takes beyond moving bytes."""
+    atomic_write(output, _bytes_of(paths, size))
+
+
+def _bytes_of(paths: Sequence[str], size: int) -> Iterator[memoryview]:
+    """The first `size` bytes of files that are read to their end, in one buffer."""
+    left, buffer = size, bytearray(CHUNK)
+    for path in paths:
+        with open(path, "rb", buffering=0) as stream:
+            while count := stream.readinto(buffer):
+                yield memoryview(buffer)[: min(count, left)]
+                left -= min(count, left)
 
 
 @contextmanager

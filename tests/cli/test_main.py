@@ -31,6 +31,7 @@ from tests.cli.conftest import Run
         ("merge dog.png --output m.safetensors", "dog.png"),
         ("merge a.safetensors --output m.pt", "must end in .safetensors"),
         ("merge a --output b.safetensors --save-dtype fp64", "fp64"),
+        ("merge a --output b.safetensors --option path=c", "--option path: no merge method has that option"),
         ("analyze a.safetensors", "--output is missing"),
         ("analyze a.safetensors --output r", "a.safetensors"),
         ("analyze a.safetensors --output dog.png", "--output dog.png exists"),

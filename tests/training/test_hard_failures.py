@@ -358,13 +358,13 @@ def test_a_file_that_vanishes_between_a_run_and_its_resume(
 CHILD = """
 import os, signal, sys
 from qrlora.adapter import _cache
-from qrlora.formats import _safetensors
+from qrlora.formats import _write_safetensors
 from qrlora.models.flux import Flux
 from qrlora.training import TrainConfig, loop, train
 from qrlora.training import run as running
 
 moment, calls = sys.argv[2], 0
-real_bytes = _safetensors._bytes_of
+real_bytes = _write_safetensors._bytes_of
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -377,7 +377,7 @@ def dying(*given):
     return real_bytes(*given)
 
 def arm():
-    _safetensors._bytes_of = dying
+    _write_safetensors._bytes_of = dying
 
 if moment == "while encoding":
     real = Flux.encode_pictures

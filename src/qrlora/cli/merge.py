@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -61,24 +62,9 @@ def run(arguments: Sequence[str]) -> None:
             f"--output {options.output} must end in .safetensors, or be a folder's name without a suffix."
         )
     refuse_existing(options.output, options.overwrite)
-    from qrlora.formats import write_peft_folder
-    from qrlora.merging import merge, norm_ratio
+    from qrlora.merging import norm_ratio
 
-    adapters, given = _read(options), method_options(options.option)
-    with _learning(options, adapters, given) as extra:
-        merged = merge(
-            adapters,
-            options.weights or None,
-            options.method,
-            blocks=options.blocks or None,
-            normalize=options.normalize,
-            **given,
-            **extra,
-        )
-    if as_file:
-        merged.save(options.output, save_dtype=options.save_dtype)
-    else:
-        write_peft_folder(merged, options.output, save_dtype=options.save_dtype)
+    merged = _merged(options, as_file)
     rank = merged.rank
     method = merged.header.method if merged.header is not None else options.method
     words = "".join(f", {len(part.layers)} of the {name}" for name, part in merged.companions.items())
@@ -90,6 +76,31 @@ def run(arguments: Sequence[str]) -> None:
         listed = ", ".join(f"{path} {size:.4g}" for path, size in zip(options.adapters, sizes, strict=True))
         say(f"norm times weight: {listed}; ratio {ratio:.3g}")
     print(options.output)
+
+
+def _merged(options: MergeOptions, as_file: bool) -> "Adapter":
+    """Merge and write."""
+    from qrlora.formats import write_peft_folder
+    from qrlora.merging import merge, merge_to_file
+
+    given = method_options(options.option)
+    for name in given.keys() & signature(merge_to_file).parameters:
+        raise QrloraError(f"--option {name}: no merge method has that option.")
+    adapters = _read(options)
+    with _learning(options, adapters, given) as extra:
+        asked = {
+            "weights": options.weights or None,
+            "method": options.method,
+            "blocks": options.blocks or None,
+            "normalize": options.normalize,
+            **given,
+            **extra,
+        }
+        if as_file:
+            return merge_to_file(adapters, options.output, save_dtype=options.save_dtype, **asked)
+        merged = merge(adapters, **asked)
+    write_peft_folder(merged, options.output, save_dtype=options.save_dtype)
+    return merged
 
 
 @contextmanager

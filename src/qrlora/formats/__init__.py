@@ -23,13 +23,14 @@ from qrlora.formats._coefficients import (
 )
 from qrlora.formats._encoders import STEM as CLIP_STEM
 from qrlora.formats._import import Imported, Recognised, import_adapter, open_adapter, recognise
-from qrlora.formats._layers import all_layers, each_layer, shapes_of, some_layers
+from qrlora.formats._layers import LayersOnDemand, all_layers, each_layer, shapes_of, some_layers
 from qrlora.formats._layout import WeightSource, format_names, register_layout
 from qrlora.formats._native import read_native, write_native
 from qrlora.formats._peft_folder import read_peft_folder, write_peft_folder
 from qrlora.formats._read import read_adapter
-from qrlora.formats._safetensors import read_metadata, read_safetensors, shown, write_safetensors
+from qrlora.formats._safetensors import read_metadata, read_safetensors, shown
 from qrlora.formats._write import write_adapter
+from qrlora.formats._write_safetensors import write_safetensors
 from qrlora.formats.layouts import load_layouts
 
 load_layouts()
@@ -44,6 +45,7 @@ __all__ = [
     "Component",
     "Header",
     "Imported",
+    "LayersOnDemand",
     "LowRank",
     "Recognised",
     "SaveDtype",

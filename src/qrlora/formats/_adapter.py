@@ -204,11 +204,11 @@ class Adapter:
             QrloraError: `weight` is not finite.
         """
         check_weight(weight)
-        trained = trained_factor(self.header)
+        if weight == 1:
+            return self
 
         def times_weight(_name: str, pairs: list[LowRank]) -> LowRank:
-            (pair,) = pairs
-            return LowRank(pair.B, pair.A * weight) if trained == "A" else LowRank(pair.B * weight, pair.A)
+            return scaled_pair(pairs[0], weight, self.header)
 
         layers = each_layer([self.layers], times_weight)
         companions = {name: companion.scaled(weight) for name, companion in self.companions.items()}
@@ -286,4 +286,9 @@ def all_finite(tensor: Tensor) -> bool:
     """Whether no value is nan or infinite: one read, where `isfinite` makes copies."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
+    if tensor.dtype == torch.float32 and tensor.is_contiguous():
+        flat = tensor.detach().view(-1)
+        # Squares never cancel, so a finite sum has no other terms; it may also be too large for its dtype.
+        if math.isfinite(float(torch.dot(flat, flat))):
+            return True
     return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor))

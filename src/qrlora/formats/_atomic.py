@@ -2,18 +2,28 @@
 
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from qrlora.errors import QrloraError
 
+_WINDOW = 1 << 24  # bytes handed to the disk together
 
-def atomic_write(path: str | Path, content: str | bytes | Iterable[bytes | memoryview]) -> Path:
+
+def atomic_write(
+    path: str | Path, content: str | bytes | Iterable[bytes | memoryview], *, front: Callable[[], bytes] | None = None
+) -> Path:
     """Write `content` to `path` so that a reader, a crash or a full disk never leaves half a file.
 
     Missing parent folders are made. Text is written as UTF-8; an iterable of byte chunks is streamed. Whatever goes
     wrong, also inside the iterable, the temporary file is removed and an existing `path` keeps its old content.
+
+    Args:
+        path: the file.
+        content: all of it.
+        front: asked for when the content was written, and put in the place of its first bytes.
 
     Raises:
         QrloraError: the file cannot be written (no permission, no space, `path` is a folder).
@@ -27,8 +37,10 @@ def atomic_write(path: str | Path, content: str | bytes | Iterable[bytes | memor
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as stream:
             try:
-                for chunk in chunks:
-                    stream.write(chunk)
+                _stream(chunks, stream)
+                if front is not None:
+                    stream.seek(0)
+                    stream.write(front())
                 stream.flush()
                 os.fsync(stream.fileno())
                 stream.close()
@@ -50,6 +62,22 @@ def _chunks(content: str | bytes | Iterable[bytes | memoryview]) -> Iterable[byt
     if isinstance(content, str):
         return (content.encode(),)
     return (content,) if isinstance(content, bytes) else content
+
+
+def _stream(chunks: Iterable[bytes | memoryview], stream: BinaryIO) -> None:
+    """Write the chunks; the disk is set to work while later ones are made, instead of all at once at the end.
+
+    The advice that bytes are not needed begins to write them out, and drops from memory those that were written, so
+    large files take no more of it than small ones. Where the system takes no advice, `fsync` does all the writing.
+    """
+    begun = written = 0
+    for chunk in chunks:
+        written += stream.write(chunk)
+        if written - begun < _WINDOW or not hasattr(os, "posix_fadvise"):
+            continue
+        # Bytes on their way to the disk are not dropped, so those of the window before are named again.
+        os.posix_fadvise(stream.fileno(), max(0, begun - 2 * _WINDOW), 0, os.POSIX_FADV_DONTNEED)
+        begun = written
 
 
 def _sync_folder(folder: Path) -> None:

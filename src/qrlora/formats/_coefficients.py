@@ -15,8 +15,9 @@ from qrlora.formats._adapter import Adapter, Component, Header, SaveDtype, check
 from qrlora.formats._factors import natural_key
 from qrlora.formats._header import COMPONENT_KEY, header_metadata, read_header, stored_component
 from qrlora.formats._later import Later
-from qrlora.formats._safetensors import read_safetensors, write_safetensors
+from qrlora.formats._safetensors import read_safetensors
 from qrlora.formats._saving import cast_to_save, checked_path, stored_dtype
+from qrlora.formats._write_safetensors import write_safetensors
 
 KIND_KEY = "qrlora_kind"
 _KIND = "coefficients"

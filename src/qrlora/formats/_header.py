@@ -12,6 +12,7 @@ from qrlora.formats._adapter import DENOISERS, FORMAT_VERSION, TEXT_ENCODERS, Ad
 
 HEADER_KEY = "qrlora"
 COMPONENT_KEY = "qrlora_component"
+_LONGEST = -1.2345678901234567e-300  # no float is longer as JSON
 
 
 def header_metadata(adapter: Adapter) -> dict[str, str]:
@@ -24,6 +25,18 @@ def header_metadata(adapter: Adapter) -> dict[str, str]:
         for key, header in headers.items()
         if header is not None
     }
+
+
+def widest(header: Header | None) -> Header | None:
+    """The header with norms of merged parts that no others are longer than, as text.
+
+    A merge of large files knows them only when its layers were written, after the header; files have the same room for
+    them however they were made.
+    """
+    if header is None or header.merged_from is None:
+        return header
+    parts = [part | {"norm": _LONGEST} if isinstance(part.get("norm"), float) else part for part in header.merged_from]
+    return header.model_copy(update={"merged_from": parts})
 
 
 def read_header(source: Path, metadata: Mapping[str, str], companion: str | None = None) -> Header | None:

@@ -3,7 +3,8 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,20 +24,34 @@ from qrlora.formats._adapter import (
 )
 from qrlora.formats._encoders import STEM, companions_of, encoder_key, together
 from qrlora.formats._factors import layers_of
-from qrlora.formats._header import header_metadata, json_object, read_header
+from qrlora.formats._header import header_metadata, json_object, read_header, widest
 from qrlora.formats._later import Later
-from qrlora.formats._safetensors import read_safetensors, write_safetensors
+from qrlora.formats._safetensors import read_safetensors
 from qrlora.formats._saving import cast_to_save, checked_path, stored_pairs
+from qrlora.formats._write_safetensors import MetadataLater, write_safetensors
 
 LORA_KEY = "lora_adapter_metadata"
 
 
-def write_native(adapter: Adapter, path: str | Path, *, save_dtype: SaveDtype = "fp32") -> Path:
+def write_native(
+    adapter: Adapter,
+    path: str | Path,
+    *,
+    save_dtype: SaveDtype = "fp32",
+    header: Callable[[], Header | None] | None = None,
+) -> Path:
     """Write one `.safetensors` file that stock diffusers, ComfyUI and kohya's tools open.
 
     Keys are `{component}.{layer}.lora_A.weight` and `lora_B.weight`; alpha equals the rank, so the scale is 1. The
     header holds diffusers' own `lora_adapter_metadata` and, under `qrlora`, `adapter.header` as JSON. DoRA's magnitudes
     lie beside the factors, as diffusers has them. Companions are written the same way, each by its component's name.
+
+    Args:
+        adapter: low-rank, or DoRA.
+        path: the file.
+        save_dtype: "fp32" or "bf16".
+        header: asked for when all layers were written, and written instead of the adapter's own, from which it may
+            differ in the norms of what was merged.
 
     Raises:
         QrloraError: an adapter of a form that no other tool knows, a value that is not finite (nothing is written), or
@@ -52,8 +67,13 @@ def write_native(adapter: Adapter, path: str | Path, *, save_dtype: SaveDtype = 
         for key, tensor in magnitudes(part, save_dtype).items():
             tensors[f"{component}.{key}"] = tensor
         config |= {f"{component}.{key}": value for key, value in lora_config(part).items()}
-    metadata = {"format": "pt", LORA_KEY: json.dumps(config, indent=2, sort_keys=True)}
-    return write_safetensors(target, tensors, metadata | header_metadata(adapter))
+    texts = {"format": "pt", LORA_KEY: json.dumps(config, indent=2, sort_keys=True)}
+
+    def metadata() -> dict[str, str]:
+        return texts | header_metadata(adapter if header is None else replace(adapter, header=header()))
+
+    room = texts | header_metadata(replace(adapter, header=widest(adapter.header)))
+    return write_safetensors(target, tensors, MetadataLater(room, metadata))
 
 
 def _keys(prefix: str, name: str) -> tuple[str, str]:

@@ -17,8 +17,8 @@ from qrlora.formats._later import Later
 from qrlora.formats._native import (
     component_in,
 )
-from qrlora.formats._safetensors import write_safetensors
 from qrlora.formats._saving import cast_to_save, checked_path, stored_pairs
+from qrlora.formats._write_safetensors import write_safetensors
 
 
 def write_own_form(adapter: Adapter, path: str | Path, *, save_dtype: SaveDtype = "fp32") -> Path:

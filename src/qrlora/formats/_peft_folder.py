@@ -17,8 +17,9 @@ from qrlora.formats._native import (
     lora_config,
     magnitudes,
 )
-from qrlora.formats._safetensors import read_safetensors, write_safetensors
+from qrlora.formats._safetensors import read_safetensors
 from qrlora.formats._saving import stored_pairs
+from qrlora.formats._write_safetensors import write_safetensors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

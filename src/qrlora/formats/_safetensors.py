@@ -1,9 +1,7 @@
-"""safetensors in and out, with what the library leaves open: a fixed byte order of the header, and errors that name
-the key.
+"""safetensors in, with errors that name the key.
 
 The layout (https://github.com/huggingface/safetensors): eight bytes of header length, little endian; the header as
-JSON; the tensors' bytes. The library's own writer orders the metadata at random, so equal adapters would not be equal
-files.
+JSON; the tensors' bytes.
 """
 
 import json
@@ -11,9 +9,7 @@ import math
 import os
 import struct
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,10 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qrlora.errors import QrloraError
-from qrlora.formats._atomic import atomic_write
-from qrlora.formats._later import Later, had
 
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -37,7 +31,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 _MAX_HEADER = 16 * 1024 * 1024
 _MAX_ELEMENTS = 2**32
@@ -56,63 +50,6 @@ _SIGNATURES = {
     b"<!DOCTYP": "a web page, not an adapter; download the file again",
     b"<html": "a web page, not an adapter; download the file again",
 }
-
-
-def write_safetensors(
-    path: str | Path, tensors: Mapping[str, Tensor | Later], metadata: Mapping[str, str] | None = None
-) -> Path:
-    """Write `tensors` and string `metadata` atomically; equal content gives equal bytes.
-
-    The header needs dtypes and shapes alone, so tensors that are had later are, one at a time, in the order of their
-    keys; whatever one of them raises, nothing is written.
-
-    Raises:
-        QrloraError: the file cannot be written, or a tensor is of a type safetensors files of ours do not hold.
-    """
-    header: dict[str, Any] = {}
-    if metadata:
-        header["__metadata__"] = dict(sorted(metadata.items()))
-    offset = 0
-    for key in sorted(tensors):
-        tensor = tensors[key]
-        if tensor.dtype not in _DTYPES:
-            raise QrloraError(f"{key} has dtype {tensor.dtype}, which cannot be stored; convert it to float32 first.")
-        end = offset + tensor.nbytes
-        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-
-    def chunks() -> Iterator[bytes | memoryview]:
-        yield struct.pack("<Q", len(encoded)) + encoded
-        with closing(_one_ahead(tensors, sorted(tensors))) as values:
-            yield from values
-
-    return atomic_write(path, chunks())
-
-
-def _one_ahead(tensors: Mapping[str, Tensor | Later], keys: Sequence[str]) -> Generator[bytes | memoryview, None, None]:
-    """The tensors' bytes; while one is being written, the next is made, on one thread."""
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            coming: Future[bytes | memoryview] | None = None
-            for index, key in enumerate(keys):
-                here = coming or pool.submit(_bytes_of, key, tensors[key])
-                chunk = here.result()
-                following = keys[index + 1] if index + 1 < len(keys) else None
-                coming = None if following is None else pool.submit(_bytes_of, following, tensors[following])
-                yield chunk
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _bytes_of(key: str, tensor: Tensor | Later) -> bytes | memoryview:
-    values = had(tensor)
-    if values.dtype != tensor.dtype or tuple(values.shape) != tuple(tensor.shape):
-        raise RuntimeError(f"{key} is {values.dtype} {values.shape}, but the header has {tensor.dtype} {tensor.shape}")
-    flat = values.detach().to("cpu").contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from qrlora.merging._parts import WHOLE, restricted
 from qrlora.merging._refactor import refactor
 from qrlora.merging._registry import merge_names, merge_options, register_merge, register_run_time, run_time_names
 from qrlora.merging._run_time import RunTimeRule, adapters_by_rule, check_run_time, run_time_rule
+from qrlora.merging._to_file import merge_to_file
 from qrlora.merging.methods.k_lora import KLora, k_lora
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "merge",
     "merge_names",
     "merge_options",
+    "merge_to_file",
     "norm_ratio",
     "refactor",
     "register_merge",

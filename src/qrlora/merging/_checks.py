@@ -12,6 +12,10 @@ from qrlora.errors import QrloraError
 from qrlora.formats import TEXT_ENCODERS, Adapter, Component, LowRank, basis_vectors, same_weight
 
 
+class BasesDifferError(QrloraError):
+    """Of adapters that were to be summed, and do not share one basis."""
+
+
 def name_of(adapters: Sequence[Adapter], index: int) -> str:
     return adapters[index].source or f"adapter {index + 1}"
 
@@ -150,6 +154,8 @@ def layer_difference(
 def _relative_difference(reference: Tensor, other: Tensor) -> float:
     if reference.shape != other.shape:
         return math.nan
+    if reference.data_ptr() == other.data_ptr() and reference.stride() == other.stride():
+        return 0.0
     if torch.equal(reference, other):
         return 0.0
     reference, other = reference.double(), other.double()

@@ -1,8 +1,8 @@
 """Adapters into one adapter."""
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qrlora.adapter import Blocks
@@ -12,7 +12,7 @@ from qrlora.merging._checks import basis_difference, check_compatible, companion
 from qrlora.merging._norms import equal_norm_scales, warn_of_unequal_norms
 from qrlora.merging._parts import merge_by_layers, restricted
 from qrlora.merging._registry import for_text_encoders, run
-from qrlora.merging._survey import Survey, surveyed
+from qrlora.merging._survey import surveyed
 
 BASIS_TOLERANCE = 1e-5
 
@@ -33,8 +33,8 @@ def merge(
 
     Adapters that were read lazily are looked at once, layer by layer. `sum` and `concat` of them have layers that are
     computed when they are asked for, so saving the merge holds one layer at a time and equals, bit for bit, the merge
-    of loaded adapters. The other methods read a layer at a time too, but hold their result; knots holds all updates in
-    its common frames, and orthogonal reads three times.
+    of loaded adapters; `merge_to_file` reads them once for both. The other methods read a layer at a time too, but hold
+    their result; knots holds all updates in its common frames, and orthogonal reads three times.
 
     Companions (adapters of text encoders) are merged like the denoiser's, each component by itself. A companion, or a
     layer of one, that an adapter does not have is zero there.
@@ -62,60 +62,105 @@ def merge(
             are not finite, an explicit sum of different bases, an unknown method or option; naming the layer; with
             `normalize`, an update of zero.
     """
-    if not adapters:
-        raise QrloraError("there is nothing to merge; give at least one adapter.")
-    used = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
-    if len(used) != len(adapters):
-        raise QrloraError(f"{len(adapters)} adapters but {len(used)} weights; give one weight an adapter.")
-    for weight in used:
-        check_weight(weight)
-    if blocks is not None:
-        if len(blocks) != len(adapters):
-            raise QrloraError(f'{len(adapters)} adapters but {len(blocks)} blocks; give one an adapter ("all": whole).')
-        adapters = [restricted(adapter, part) for adapter, part in zip(adapters, blocks, strict=True)]
-    check_compatible(adapters, equal_layers=blocks is None)
-    survey = surveyed(adapters)
-    norms = survey.norms
-    notes: list[dict[str, Any]] = [{"norm": norm} for norm in norms]
-    parts = list(adapters)
+    asked = Asked.checked(adapters, weights, method, blocks, options)
+    survey = surveyed(asked.adapters)
+    scales: list[float] | None = None
     if normalize:
-        scales = equal_norm_scales(adapters, norms)
-        parts = [adapter.scaled(scale) for adapter, scale in zip(adapters, scales, strict=True)]
-        notes = [note | {"scale": scale} for note, scale in zip(notes, scales, strict=True)]
+        scales = equal_norm_scales(asked.adapters, survey.norms)
+        scaled = [adapter.scaled(scale) for adapter, scale in zip(asked.adapters, scales, strict=True)]
     else:
-        warn_of_unequal_norms(adapters, used, norms)
-
-    def merge_group(some: Sequence[Adapter], theirs: Sequence[float]) -> Adapter:
-        return run(_choose(some, survey) if method == "auto" else method, some, theirs, options)
-
-    def merge_companions(some: Sequence[Adapter], theirs: Sequence[float]) -> Adapter:
-        chosen = for_text_encoders(method)
-        return run(_choose(some, survey), some, theirs, {}) if chosen == "auto" else run(chosen, some, theirs, options)
-
-    merged = merge_by_layers([part.alone() for part in parts], used, merge_group)
-    companions: dict[Component, Adapter] = {}
-    for component in TEXT_ENCODERS:
-        theirs = companions_of(parts, component)
-        if theirs:
-            owned = [used[index] for index in theirs]
-            whole = merge_by_layers(list(theirs.values()), owned, merge_companions)
-            companions[component] = replace(whole, source=None)
-    merged = replace(merged, companions=companions)
-    if blocks is not None:
-        notes = [note | {"blocks": part} for note, part in zip(notes, blocks, strict=True)]
-    return _with_notes(merged, notes)
+        scaled = asked.adapters
+        warn_of_unequal_norms(asked.adapters, asked.weights, survey.norms)
+    merged = asked.merged(scaled, lambda some: choose(some, survey.bases[some[0].component]))
+    return asked.with_norms(merged, survey.norms, scales)
 
 
-def _with_notes(merged: Adapter, notes: Sequence[dict[str, Any]]) -> Adapter:
-    """What is known of the parts here, added to the methods' own account of them."""
-    if merged.header is None or merged.header.merged_from is None:
-        return merged
-    story = [part | note for part, note in zip(merged.header.merged_from, notes, strict=True)]
-    return replace(merged, header=merged.header.model_copy(update={"merged_from": story}))
+@dataclass(frozen=True)
+class Asked:
+    """What `merge` was asked for, after everything but the values was checked."""
+
+    adapters: Sequence[Adapter]
+    weights: Sequence[float]
+    method: str
+    blocks: Sequence[Blocks] | None
+    options: Mapping[str, Any]
+
+    @classmethod
+    def checked(
+        cls,
+        adapters: Sequence[Adapter],
+        weights: Sequence[float] | None,
+        method: str,
+        blocks: Sequence[Blocks] | None,
+        options: Mapping[str, Any],
+    ) -> "Asked":
+        """The arguments of `merge`, the adapters restricted to their blocks."""
+        if not adapters:
+            raise QrloraError("there is nothing to merge; give at least one adapter.")
+        used = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
+        if len(used) != len(adapters):
+            raise QrloraError(f"{len(adapters)} adapters but {len(used)} weights; give one weight an adapter.")
+        for weight in used:
+            check_weight(weight)
+        if blocks is not None:
+            if len(blocks) != len(adapters):
+                raise QrloraError(
+                    f'{len(adapters)} adapters but {len(blocks)} blocks; give one an adapter ("all": whole).'
+                )
+            adapters = [restricted(adapter, part) for adapter, part in zip(adapters, blocks, strict=True)]
+        check_compatible(adapters, equal_layers=blocks is None)
+        return cls(adapters, used, method, blocks, options)
+
+    def merged(self, adapters: Sequence[Adapter], automatic: Callable[[Sequence[Adapter]], str]) -> Adapter:
+        """The merge, without the norms of its parts.
+
+        Args:
+            adapters: those that were asked for, as they are to be merged.
+            automatic: "sum" or "concat", for adapters of equal layers where "auto" is to choose.
+        """
+
+        def merge_group(some: Sequence[Adapter], theirs: Sequence[float]) -> Adapter:
+            return run(automatic(some) if self.method == "auto" else self.method, some, theirs, self.options)
+
+        def merge_companions(some: Sequence[Adapter], theirs: Sequence[float]) -> Adapter:
+            chosen = for_text_encoders(self.method)
+            if chosen == "auto":
+                return run(automatic(some), some, theirs, {})
+            return run(chosen, some, theirs, self.options)
+
+        merged = merge_by_layers([part.alone() for part in adapters], self.weights, merge_group)
+        companions: dict[Component, Adapter] = {}
+        for component in TEXT_ENCODERS:
+            theirs = companions_of(adapters, component)
+            if theirs:
+                owned = [self.weights[index] for index in theirs]
+                whole = merge_by_layers(list(theirs.values()), owned, merge_companions)
+                companions[component] = replace(whole, source=None)
+        return replace(merged, companions=companions)
+
+    def with_norms(self, merged: Adapter, norms: Sequence[float], scales: Sequence[float] | None = None) -> Adapter:
+        """The merge with what is known of the parts here, added to the methods' own account of them."""
+        if merged.header is None or merged.header.merged_from is None:
+            return merged
+        story: list[dict[str, Any]] = []
+        for index, part in enumerate(merged.header.merged_from):
+            note: dict[str, Any] = {"norm": norms[index]}
+            if scales is not None:
+                note["scale"] = scales[index]
+            if self.blocks is not None:
+                note["blocks"] = self.blocks[index]
+            story.append(part | note)
+        return replace(merged, header=merged.header.model_copy(update={"merged_from": story}))
 
 
-def _choose(adapters: Sequence[Adapter], survey: Survey) -> str:
-    difference = basis_difference(adapters, BASIS_TOLERANCE, survey.bases[adapters[0].component])
+def choose(adapters: Sequence[Adapter], differences: Mapping[str, Sequence[float]]) -> str:
+    """What "auto" is for adapters of equal layers: "sum", or "concat" with a warning that says why.
+
+    Args:
+        adapters: of one component.
+        differences: of their bases by layer; see `basis_differences`.
+    """
+    difference = basis_difference(adapters, BASIS_TOLERANCE, differences)
     if difference is None:
         return "sum"
     if len(adapters) > 1:
@@ -124,6 +169,6 @@ def _choose(adapters: Sequence[Adapter], survey: Survey) -> str:
             f"{difference}, so the adapters are concatenated: exact, at rank {' + '.join(map(str, ranks))} = "
             f"{sum(ranks)}.",
             QrloraWarning,
-            stacklevel=5,
+            stacklevel=7,
         )
     return "concat"

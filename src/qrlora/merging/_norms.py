@@ -39,7 +39,17 @@ def update_norm(adapter: Adapter, layers: Iterable[str] | None = None) -> float:
 
 def squared_norm(pair: LowRank) -> float:
     """`||B A||_F^2` in float64, not finite where a value is not."""
-    return float(torch.sum(_gram(pair.B.flatten(1)) * _gram(pair.A.flatten(1).T)))
+    return squared_norms([pair])[0]
+
+
+def squared_norms(pairs: Sequence[LowRank]) -> list[float]:
+    """`squared_norm` of each pair; what one tensor gives is worked out once, however many have it."""
+    known: dict[int, Tensor] = {}
+    for pair in pairs:
+        for factor, columns in ((pair.B, pair.B.flatten(1)), (pair.A, pair.A.flatten(1).T)):
+            if id(factor) not in known:
+                known[id(factor)] = _gram(columns)
+    return [float(torch.sum(known[id(pair.B)] * known[id(pair.A)])) for pair in pairs]
 
 
 def _gram(columns: Tensor) -> Tensor:

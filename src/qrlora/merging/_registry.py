@@ -75,7 +75,7 @@ def for_text_encoders(name: str) -> str:
     return "auto" if name == "sum" or name in _DENOISER_ONLY else name
 
 
-def run(name: str, adapters: Sequence[Adapter], weights: Sequence[float], options: dict[str, Any]) -> Adapter:
+def run(name: str, adapters: Sequence[Adapter], weights: Sequence[float], options: Mapping[str, Any]) -> Adapter:
     """Call a registered method, after its name and its options were checked."""
     if name in _RUN_TIME:
         raise QrloraError(_RUN_TIME[name][1])

@@ -16,8 +16,8 @@ from qrlora.formats._encoders import KOHYA_PREFIXES, encoder_keys, encoder_tenso
 from qrlora.formats._header import header_metadata
 from qrlora.formats._layers import shapes_of
 from qrlora.formats._layout import AdapterFile, Evidence, ReadOptions, WritableLayout, WriteOptions, register_layout
-from qrlora.formats._safetensors import write_safetensors
 from qrlora.formats._saving import checked_path
+from qrlora.formats._write_safetensors import write_safetensors
 from qrlora.formats.layouts._named import original_layers
 from qrlora.formats.layouts._spelled import Spelled, assemble, named, spelled_keys
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from qrlora.formats import Adapter, LowRank, each_layer, shapes_of
 from qrlora.merging._header import merged_header
@@ -23,4 +24,13 @@ def merge_concat(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapt
 
 
 def _side_by_side(_name: str, pairs: Sequence[LowRank]) -> LowRank:
-    return LowRank(torch.cat([pair.B for pair in pairs], dim=1), torch.cat([pair.A for pair in pairs], dim=0))
+    return LowRank(_joined([pair.B for pair in pairs], 1), _joined([pair.A for pair in pairs], 0))
+
+
+def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    if not tensors[0].is_meta:
+        return torch.cat(list(tensors), dim)
+    # torch's own cat of tensors without values takes longer than of those with them.
+    shape = list(tensors[0].shape)
+    shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
+    return tensors[0].new_empty(shape)
