@@ -13,31 +13,10 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from PIL import Image
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, T5EncoderModel
 
+from qrlora import starter
 from tools.emoji.dataset import Emoji
-from tools.starter.captions import LENGTH
 
-SETTINGS = {
-    "name": "qrlora starter",
-    "generation": {
-        "height": 64,
-        "width": 64,
-        "num_inference_steps": 20,
-        "guidance_scale": 1.0,
-        "true_cfg_scale": 2.5,
-        "negative_prompt": "",
-        "max_sequence_length": LENGTH,
-    },
-    "training": {
-        "resolution": 64,
-        "rank": 16,
-        "learning_rate": 4e-3,
-        "max_train_steps": 150,
-        "train_batch_size": 16,
-        "mixed_precision": "no",
-    },
-    # A style learned from one picture takes that picture's content along when it is trained for as long as a content.
-    "roles": {"style": {"max_train_steps": 60}},
-}
+SETTINGS = "qrlora.json"
 SAMPLES = {"dragon-noto.png": ("1f409", "noto"), "red-apple-fluent-3d.png": ("1f34e", "fluent-3d")}
 CARD = """---
 license: other
@@ -98,10 +77,12 @@ def main() -> None:
     parser.add_argument("--trained", type=Path, default=Path("data/starter/denoiser/model"))
     parser.add_argument("--output", type=Path, default=Path("src/qrlora/starter"))
     args = parser.parse_args()
-    model = args.output / "model"
+    model, pipeline = args.output / "model", pipeline_of(args.trained)
+    # How to train and draw on it was found by benchmarks and is written by hand: it outlives the weights.
+    settings = (starter.path() / SETTINGS).read_text(encoding="utf-8")
     shutil.rmtree(model, ignore_errors=True)
-    pipeline_of(args.trained).save_pretrained(model)
-    (model / "qrlora.json").write_text(json.dumps(SETTINGS, indent=2) + "\n", encoding="utf-8")
+    pipeline.save_pretrained(model)
+    (model / SETTINGS).write_text(settings, encoding="utf-8")
     emoji = Emoji.load(args.data)
     run = json.loads((args.trained / "run.json").read_text(encoding="utf-8"))
     (model / "README.md").write_text(card(emoji, run), encoding="utf-8")
