@@ -102,7 +102,8 @@ def _lines(lines: Mapping[str, Sequence[Point]], label: str, shots: str, path: P
     figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
     places = sorted({point.x for points in lines.values() for point in points})
     for i, (name, points) in enumerate(sorted(lines.items(), key=lambda each: -each[1][-1].y)):
-        aside = 1 + 0.02 * i  # so that the bars of two families do not hide each other
+        # So that the bars of two families do not hide each other.
+        aside = 1 + 0.02 * i * any(point.interval is not None for point in points)
         axes.plot([point.x * aside for point in points], [point.y for point in points], label=name, **_style(i))
         for point in points:
             if point.interval is not None:
