@@ -41,7 +41,7 @@ class Bench(Layout):
     scorer: Scorer
     progress: Progress = field(default_factory=Progress)
     compute: bool = True
-    _learned: dict[str, Adapter] = field(default_factory=dict[str, Adapter])
+    _learned: dict[Cell, dict[int, Adapter]] = field(default_factory=dict[Cell, dict[int, Adapter]])
 
     @cached_property
     def base(self) -> str:
@@ -213,11 +213,13 @@ class Bench(Layout):
             return Picture(MERGED_PROMPT, seed, both, schedule_of(merge, adapters))
         if not merge.on_base:
             return Picture(MERGED_PROMPT, seed, ((self._merge(cell, index, adapters), 1.0),))
-        # Learning takes longer than drawing, and drift is drawn with the same merge.
-        key = key_of({"tasks": [self.task_key(task) for task in tasks], "merge": merge.key(), "weights": list(weights)})
-        if key not in self._learned:
-            self._learned[key] = self._merge(cell, index, adapters)
-        return Picture(MERGED_PROMPT, seed, ((self._learned[key], 1.0),))
+        # Learning takes longer than drawing, and drift is drawn with the same merges: the last cell's are kept.
+        if cell not in self._learned:
+            self._learned = {cell: {}}
+        made = self._learned[cell]
+        if index not in made:
+            made[index] = self._merge(cell, index, adapters)
+        return Picture(MERGED_PROMPT, seed, ((made[index], 1.0),))
 
     def _merge(self, cell: Cell, index: int, adapters: Sequence[Adapter]) -> Adapter:
         # The store's adapters do not say what they were trained on; one caption of each is what the library asks for.

@@ -158,6 +158,8 @@ def carried_table(results: Results) -> list[str]:
         for shots in each.get("shots") or () if name != AGAINST and against else ():
             one, other = each["shots"][shots]["best"], against[shots]["best"]
             for words, groups in (("contents", contents), ("styles", styles)):
+                if len(set(groups)) < 2:
+                    continue  # one group has no spread
                 values = [difference(hits(one), hits(other), geometric, groups=groups)]
                 values += [
                     difference(np.asarray(one[k]), np.asarray(other[k]), groups=groups) for k in ("both", "look")

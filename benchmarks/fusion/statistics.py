@@ -57,16 +57,18 @@ def bootstrap(
     rows = values[:, None] if values.ndim == 1 else values
     if not len(rows):
         raise ValueError("there are no pairs to resample")
-    places = np.arange(len(rows))[:, None] if groups is None else _by_group(groups)
+    places = np.arange(len(rows))[:, None] if groups is None else _by_group(groups, len(rows))
     drawn = np.random.default_rng(seed).integers(len(places), size=(resamples, len(places)))
     spread = statistic(rows[places[drawn].reshape(resamples, -1)])
     low, high = np.quantile(spread, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(statistic(rows)), float(low), float(high))
 
 
-def _by_group(groups: Sequence[str]) -> np.ndarray:
+def _by_group(groups: Sequence[str], pairs: int) -> np.ndarray:
     """The places of each group's pairs, `[groups, pairs of each]`."""
     names = np.asarray(groups)
+    if len(names) != pairs:
+        raise ValueError(f"{len(names)} groups are told of {pairs} pairs")
     places = [np.flatnonzero(names == name) for name in dict.fromkeys(groups)]
     if len({len(each) for each in places}) > 1:
         raise ValueError("the groups are not of one size")

@@ -54,6 +54,8 @@ def test_whole_groups_are_drawn_again() -> None:
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975], method="inverted_cdf")))
     with pytest.raises(ValueError, match="not of one size"):
         bootstrap(values, groups=["a", "a", "a", "b", "b", "c"])
+    with pytest.raises(ValueError, match="3 groups are told of 6 pairs"):
+        bootstrap(values, groups=["a", "b", "c"])
 
 
 def test_the_geometric_mean_is_of_the_shares() -> None:

@@ -1,5 +1,7 @@
 """A write that fails leaves what was there, and nothing else."""
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,3 +38,26 @@ def test_a_folder_or_an_impossible_place_is_told_in_one_sentence(tmp_path: Path)
     (tmp_path / "file").write_text("x")
     with pytest.raises(QrloraError, match="cannot be written"):
         atomic_write(tmp_path / "file" / "below.txt", "text")
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="a system without advice")
+def test_advice_that_is_refused_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "posix_fadvise", refused)
+    content = bytes(range(256)) * 4096 * 20
+    assert atomic_write(tmp_path / "large", [content]).read_bytes() == content
+
+
+def test_an_interrupt_right_after_the_rename_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.replace
+
+    def interrupted(*paths: Path) -> None:
+        real(*paths)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "new"

@@ -249,3 +249,61 @@ def test_an_input_may_be_written_over(tmp_path: Path) -> None:
     merge([read_adapter(file) for file in files]).save(tmp_path / "expected.safetensors")
     merge_to_file(lazily(files), files[0])
     assert files[0].read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
+
+
+def test_warnings_are_told_once_at_the_line_that_merges(tmp_path: Path) -> None:
+    """Also where the denoiser's bases differ at once and a text encoder's at a later layer, so that it begins again."""
+    parts: list[Adapter] = []
+    for seed, basis_seed, scale in ((1, 7, 1.0), (2, 9, 100.0)):
+        words = with_words(seed, "text_encoder").companions["text_encoder"]
+        later = with_words(seed, "text_encoder", words_basis=20 * seed).companions["text_encoder"]
+        (name,) = words.layers
+        layers = {name: words.layers[name], name.replace("q_proj", "v_proj"): later.layers[name]}
+        denoiser = made(seed, basis_seed=basis_seed).scaled(scale)
+        parts.append(replace(denoiser, companions={"text_encoder": replace(words, layers=layers)}))
+    files = saved(tmp_path, *parts)
+    with warnings.catch_warnings(record=True) as expected:
+        warnings.simplefilter("always")
+        merge([load_adapter(file) for file in files])
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        merge_to_file(lazily(files), tmp_path / "both.safetensors")
+    texts = [str(each.message) for each in found]
+    assert texts == [str(each.message) for each in expected]
+    assert len(texts) == 3
+    assert {each.filename for each in (*found, *expected)} == {__file__}
+
+
+def test_warnings_of_one_reading_are_told_at_the_line_that_merges(tmp_path: Path) -> None:
+    files = saved(tmp_path, made(0), made(1, basis_seed=9).scaled(100.0))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        merge_to_file(lazily(files), tmp_path / "both.safetensors")
+    assert len(found) == 2
+    assert {each.filename for each in found} == {__file__}
+
+
+def test_a_sum_that_was_asked_for_fails_in_one_reading(tmp_path: Path, reads: list[Any]) -> None:
+    one, other = with_words(1, "text_encoder"), with_words(2, "text_encoder")
+    files = saved(
+        tmp_path,
+        replace(deep(0), companions=one.companions),
+        replace(deep(1, last_basis=99), companions=other.companions),
+    )
+    with pytest.raises(QrloraError, match="method sum needs one basis"):
+        merge_to_file(lazily(files), tmp_path / "both.safetensors", method="sum")
+    names = [name for name, _, _ in reads]
+    looked_at = 8  # the first layer of the text encoders, to choose for them
+    assert len(names) <= len(set(names)) + looked_at
+
+
+def test_factors_that_are_trained_can_be_merged(tmp_path: Path) -> None:
+    adapters = [made(0), made(1)]
+    trained = [
+        replace(each, layers={k: LowRank(p.B, torch.nn.Parameter(p.A)) for k, p in each.layers.items()})
+        for each in adapters
+    ]
+    for weights in ([1.0, 1.0], [0.9, 0.4]):
+        merge_to_file(trained, tmp_path / "trained.safetensors", weights, "sum")
+        merge_to_file(adapters, tmp_path / "plain.safetensors", weights, "sum")
+        assert (tmp_path / "trained.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()

@@ -38,6 +38,12 @@ def test_update_norm_where_two_halves_nearly_cancel() -> None:
     assert update_norm(adapter) == pytest.approx(dense_norm(adapter), rel=1e-6)
 
 
+def test_update_norm_where_one_tensor_is_both_factors() -> None:
+    X = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+    adapter = Adapter({"a": LowRank(X, X)}, None)
+    assert update_norm(adapter) == pytest.approx(float((X.double() @ X.double()).norm()), rel=1e-12)
+
+
 def test_norm_ratio() -> None:
     assert norm_ratio([2.0, -8.0, 4.0]) == 4
     assert norm_ratio([2.0, 0.0]) is None

@@ -98,6 +98,18 @@ def test_what_it_wants_of_a_blend_is_what_is_best_in_the_fusion_benchmark(tmp_pa
     assert [weights.content, weights.style] == chosen["shots"]["1"]["weights"]
 
 
+def test_another_basis_is_not_trained_at_the_rate_of_the_models_own(tmp_path: Path) -> None:
+    model = load_pipeline(starter.path())
+    rates = {}
+    for basis in (None, "lora", "qr"):
+        parts, _ = plan_parts(BlendConfig(output=tmp_path, basis=basis))
+        fill_trainings(parts, model)
+        rates[basis] = {part.training.learning_rate for part in parts.values() if part.training is not None}
+    assert rates[None] == rates["lora"] == {model.roles["content"]["learning_rate"]}
+    assert rates["qr"] == {model.training["learning_rate"]}
+    assert rates["qr"] != rates["lora"]
+
+
 def test_samples_are_pictures_of_the_bases_size() -> None:
     samples = starter.samples()
     for picture in (samples.content, samples.style):

@@ -108,14 +108,18 @@ def _plan(config: BlendConfig, role: Role) -> Part:
 def fill_trainings(parts: Mapping[Role, Part], model: LoadedModel) -> None:
     """Fill what a training was not told from the model's defaults, those for its role before those for all.
 
-    A model's own basis is left out where something is told that goes with another one, such as a mask.
+    A model's own basis is left out where something is told that goes with another one, such as a mask; and with it, or
+    where another basis is told, the learning rate that was found for it.
     """
     for part in parts.values():
         if part.training is not None:
-            defaults = {**model.training, **model.roles.get(part.role, {})}
-            if part.training.adapter.model_fields_set & _GOES_WITH_A_BASIS:
-                defaults.pop("basis", None)
-            part.training = part.training.with_defaults(defaults)
+            of_role = dict(model.roles.get(part.role, {}))
+            told = part.training.adapter
+            if told.model_fields_set & _GOES_WITH_A_BASIS:
+                of_role.pop("basis", None)
+            if "basis" not in of_role or ("basis" in told.model_fields_set and told.basis != of_role["basis"]):
+                of_role.pop("learning_rate", None)
+            part.training = part.training.with_defaults({**model.training, **of_role})
 
 
 def _caption_of(adapter: Adapter) -> str | None:

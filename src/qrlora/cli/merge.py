@@ -84,7 +84,7 @@ def _merged(options: MergeOptions, as_file: bool) -> "Adapter":
     from qrlora.merging import merge, merge_to_file
 
     given = method_options(options.option)
-    for name in given.keys() & signature(merge_to_file).parameters:
+    for name in given.keys() & {*signature(merge_to_file).parameters, "progress"}:
         raise QrloraError(f"--option {name}: no merge method has that option.")
     adapters = _read(options)
     with _learning(options, adapters, given) as extra:

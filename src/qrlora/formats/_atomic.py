@@ -50,7 +50,7 @@ def atomic_write(
                 # once more; the first refusal is the one to tell.
                 with suppress(OSError):
                     stream.close()
-                temporary.unlink()
+                temporary.unlink(missing_ok=True)  # an interrupt may come when it has its name already
                 raise
     except OSError as error:
         raise QrloraError(f"{target} cannot be written: {error.strerror or error}.") from error
@@ -76,7 +76,8 @@ def _stream(chunks: Iterable[bytes | memoryview], stream: BinaryIO) -> None:
         if written - begun < _WINDOW or not hasattr(os, "posix_fadvise"):
             continue
         # Bytes on their way to the disk are not dropped, so those of the window before are named again.
-        os.posix_fadvise(stream.fileno(), max(0, begun - 2 * _WINDOW), 0, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # advice that is refused, as some file systems do
+            os.posix_fadvise(stream.fileno(), max(0, begun - 2 * _WINDOW), 0, os.POSIX_FADV_DONTNEED)
         begun = written
 
 

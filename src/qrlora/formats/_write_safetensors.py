@@ -5,7 +5,7 @@ The library's own writer orders the metadata at random, so equal adapters would 
 
 import json
 import struct
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -52,13 +52,14 @@ def write_safetensors(
     later = metadata if isinstance(metadata, MetadataLater) else None
     room = _header(entries, metadata.widest if isinstance(metadata, MetadataLater) else metadata)
 
-    def chunks() -> Iterator[bytes | memoryview]:
+    def chunks() -> Generator[bytes | memoryview, None, None]:
         yield room
         with closing(_one_ahead(tensors, sorted(tensors))) as values:
             yield from values
 
     front = None if later is None else lambda: _header(entries, later.get(), len(room))
-    return atomic_write(path, chunks(), front=front)
+    with closing(chunks()) as content:  # also where the file cannot be written
+        return atomic_write(path, content, front=front)
 
 
 def _entries(tensors: Mapping[str, Tensor | Later]) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def _header(entries: Mapping[str, Any], metadata: Mapping[str, str] | None, size
     encoded = json.dumps({**start, **entries}, ensure_ascii=False, separators=(",", ":")).encode()
     padding = -len(encoded) % 8 if size is None else size - 8 - len(encoded)
     if padding < 0:
-        raise RuntimeError(f"the header takes {len(encoded)} bytes, but {padding} fewer were left for it")
+        raise RuntimeError(f"the header takes {len(encoded)} bytes, {-padding} more than were left for it")
     return struct.pack("<Q", len(encoded) + padding) + encoded + b" " * padding
 
 

@@ -13,7 +13,11 @@ from qrlora.formats import TEXT_ENCODERS, Adapter, Component, LowRank, basis_vec
 
 
 class BasesDifferError(QrloraError):
-    """Of adapters that were to be summed, and do not share one basis."""
+    """Of adapters of one component that were to be summed, and do not share one basis."""
+
+    def __init__(self, message: str, component: Component) -> None:
+        super().__init__(message)
+        self.component = component
 
 
 def name_of(adapters: Sequence[Adapter], index: int) -> str:

@@ -9,7 +9,7 @@ from qrlora.adapter import Blocks
 from qrlora.errors import QrloraError, QrloraWarning
 from qrlora.formats import TEXT_ENCODERS, Adapter, Component, check_weight
 from qrlora.merging._checks import basis_difference, check_compatible, companions_of
-from qrlora.merging._norms import equal_norm_scales, warn_of_unequal_norms
+from qrlora.merging._norms import equal_norm_scales, norm_warnings
 from qrlora.merging._parts import merge_by_layers, restricted
 from qrlora.merging._registry import for_text_encoders, run
 from qrlora.merging._survey import surveyed
@@ -63,16 +63,25 @@ def merge(
             `normalize`, an update of zero.
     """
     asked = Asked.checked(adapters, weights, method, blocks, options)
+    merged, told = surveyed_merge(asked, normalize=normalize)
+    for each in told:
+        warnings.warn(each, stacklevel=2)
+    return merged
+
+
+def surveyed_merge(asked: "Asked", *, normalize: bool) -> tuple[Adapter, list[QrloraWarning]]:
+    """The merge after a look at all values, and what is to be told of it."""
     survey = surveyed(asked.adapters)
     scales: list[float] | None = None
+    told: list[QrloraWarning] = []
     if normalize:
         scales = equal_norm_scales(asked.adapters, survey.norms)
         scaled = [adapter.scaled(scale) for adapter, scale in zip(asked.adapters, scales, strict=True)]
     else:
         scaled = asked.adapters
-        warn_of_unequal_norms(asked.adapters, asked.weights, survey.norms)
-    merged = asked.merged(scaled, lambda some: choose(some, survey.bases[some[0].component]))
-    return asked.with_norms(merged, survey.norms, scales)
+        told += norm_warnings(asked.adapters, asked.weights, survey.norms)
+    merged = asked.merged(scaled, lambda some: choose(some, survey.bases[some[0].component], told))
+    return asked.with_norms(merged, survey.norms, scales), told
 
 
 @dataclass(frozen=True)
@@ -153,22 +162,19 @@ class Asked:
         return replace(merged, header=merged.header.model_copy(update={"merged_from": story}))
 
 
-def choose(adapters: Sequence[Adapter], differences: Mapping[str, Sequence[float]]) -> str:
-    """What "auto" is for adapters of equal layers: "sum", or "concat" with a warning that says why.
+def choose(adapters: Sequence[Adapter], differences: Mapping[str, Sequence[float]], told: list[QrloraWarning]) -> str:
+    """What "auto" is for adapters of equal layers: "sum", or "concat".
 
     Args:
         adapters: of one component.
         differences: of their bases by layer; see `basis_differences`.
+        told: gets a warning that says why they are concatenated.
     """
     difference = basis_difference(adapters, BASIS_TOLERANCE, differences)
     if difference is None:
         return "sum"
     if len(adapters) > 1:
         ranks = [adapter.rank for adapter in adapters]
-        warnings.warn(
-            f"{difference}, so the adapters are concatenated: exact, at rank {' + '.join(map(str, ranks))} = "
-            f"{sum(ranks)}.",
-            QrloraWarning,
-            stacklevel=7,
-        )
+        words = f"so the adapters are concatenated: exact, at rank {' + '.join(map(str, ranks))} = {sum(ranks)}."
+        told.append(QrloraWarning(f"{difference}, {words}"))
     return "concat"

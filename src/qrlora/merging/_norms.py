@@ -1,7 +1,6 @@
 """How strong adapters are beside each other. A merge of unequal norms is the commonest failure: one part vanishes."""
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -44,12 +43,14 @@ def squared_norm(pair: LowRank) -> float:
 
 def squared_norms(pairs: Sequence[LowRank]) -> list[float]:
     """`squared_norm` of each pair; what one tensor gives is worked out once, however many have it."""
-    known: dict[int, Tensor] = {}
+    of_B: dict[int, Tensor] = {}
+    of_A: dict[int, Tensor] = {}
     for pair in pairs:
-        for factor, columns in ((pair.B, pair.B.flatten(1)), (pair.A, pair.A.flatten(1).T)):
-            if id(factor) not in known:
-                known[id(factor)] = _gram(columns)
-    return [float(torch.sum(known[id(pair.B)] * known[id(pair.A)])) for pair in pairs]
+        if id(pair.B) not in of_B:
+            of_B[id(pair.B)] = _gram(pair.B.detach().flatten(1))
+        if id(pair.A) not in of_A:
+            of_A[id(pair.A)] = _gram(pair.A.detach().flatten(1).T)
+    return [float(torch.sum(of_B[id(pair.B)] * of_A[id(pair.A)])) for pair in pairs]
 
 
 def _gram(columns: Tensor) -> Tensor:
@@ -67,24 +68,24 @@ def norm_ratio(sizes: Iterable[float]) -> float | None:
     return max(left) / min(left) if len(left) > 1 else None
 
 
-def warn_of_unequal_norms(adapters: Sequence[Adapter], weights: Sequence[float], norms: Sequence[float]) -> None:
-    """Tell of an adapter without any update, and of a ratio of norm times weight above `NORM_RATIO_LIMIT`."""
+def norm_warnings(adapters: Sequence[Adapter], weights: Sequence[float], norms: Sequence[float]) -> list[QrloraWarning]:
+    """Of each adapter without any update, and of a ratio of norm times weight above `NORM_RATIO_LIMIT`."""
     sizes = [abs(weight) * norm for weight, norm in zip(weights, norms, strict=True)]
-    for index, norm in enumerate(norms):
-        if not norm:
-            message = f"the update of {name_of(adapters, index)} is zero, so it adds nothing to the merge."
-            warnings.warn(message, NormWarning, stacklevel=3)
+    told: list[QrloraWarning] = [
+        NormWarning(f"the update of {name_of(adapters, index)} is zero, so it adds nothing to the merge.")
+        for index, norm in enumerate(norms)
+        if not norm
+    ]
     ratio = norm_ratio(sizes)
     if ratio is None or ratio <= NORM_RATIO_LIMIT:
-        return
+        return told
     strong = sizes.index(max(sizes))
     weak = sizes.index(min(size for size in sizes if size))
-    warnings.warn(
+    words = (
         f"{name_of(adapters, strong)} is {ratio:.3g} times as strong as {name_of(adapters, weak)} (norm times weight), "
-        "which will hardly show; merge with normalize, or give it a larger weight.",
-        NormWarning,
-        stacklevel=3,
+        "which will hardly show; merge with normalize, or give it a larger weight."
     )
+    return [*told, NormWarning(words)]
 
 
 def equal_norm_scales(adapters: Sequence[Adapter], norms: Sequence[float]) -> list[float]:

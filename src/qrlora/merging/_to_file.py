@@ -1,17 +1,21 @@
 """Adapters into one file, each read once where that is possible."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qrlora.adapter import Blocks, by_layer
+from qrlora.errors import QrloraWarning
 from qrlora.formats import Adapter, Header, SaveDtype, write_native
 from qrlora.merging._checks import BasesDifferError, basis_differences, common_side
-from qrlora.merging._merge import Asked, choose, merge
-from qrlora.merging._norms import warn_of_unequal_norms
+from qrlora.merging._merge import Asked, choose, surveyed_merge
+from qrlora.merging._norms import norm_warnings
 from qrlora.merging._survey import Watched
 
 _IN_PASSING = ("auto", "sum", "concat")
+_TO_THE_CALLER = 9
+"""Frames from where a header is asked for to who called `merge_to_file`."""
 
 
 def merge_to_file(
@@ -37,39 +41,48 @@ def merge_to_file(
         save_dtype: "fp32" or "bf16".
 
     Returns:
-        The merge, as `merge` gives it.
+        The merge; its layers are on demand where they were read once, so an input that was overwritten meanwhile is
+        refused when one is asked for.
 
     Raises:
         QrloraError: as `merge`; the file cannot be written.
     """
-
-    def in_two_readings() -> Adapter:
-        merged = merge(adapters, weights, method, blocks=blocks, normalize=normalize, **options)
-        merged.save(path, save_dtype=save_dtype)
-        return merged
-
-    if normalize or method not in _IN_PASSING:
-        return in_two_readings()
     asked = Asked.checked(adapters, weights, method, blocks, options)
-    watched, guessed = Watched(asked.adapters), list[str]()
+    if not normalize and method in _IN_PASSING:
+        merged = _in_passing(asked, path, save_dtype)
+        if merged is not None:
+            return merged
+    merged, told = surveyed_merge(asked, normalize=normalize)
+    for each in told:
+        warnings.warn(each, stacklevel=2)
+    merged.save(path, save_dtype=save_dtype)
+    return merged
+
+
+def _in_passing(asked: Asked, path: str | Path, save_dtype: SaveDtype) -> Adapter | None:
+    """Merged and written in one reading; None, and nothing written or told, where the first layer misled."""
+    watched, guessed, told = Watched(asked.adapters), list[str](), list[QrloraWarning]()
 
     def automatic(some: Sequence[Adapter]) -> str:
-        guessed.append(choose(some, _as_the_first_layer(some)))
+        guessed.append(choose(some, _as_the_first_layer(some), told))
         return guessed[-1]
 
     merged = asked.merged(watched.adapters, automatic)
 
     def header() -> Header | None:
-        warn_of_unequal_norms(asked.adapters, asked.weights, watched.norms)
+        # Before the file has its name: warnings may be errors.
+        for each in (*norm_warnings(asked.adapters, asked.weights, watched.norms), *told):
+            warnings.warn(each, stacklevel=_TO_THE_CALLER)
         return asked.with_norms(merged, watched.norms).header
 
-    unknown = [0.0] * len(adapters)
+    unknown = [0.0] * len(asked.adapters)
     try:
         write_native(asked.with_norms(merged, unknown), path, save_dtype=save_dtype, header=header)
-    except BasesDifferError:
-        if "sum" not in guessed:
+    except BasesDifferError as error:
+        asked_for = asked.method == "sum" and error.component == asked.adapters[0].component
+        if asked_for or "sum" not in guessed:
             raise
-        return in_two_readings()
+        return None
     return asked.with_norms(merged, watched.norms)
 
 

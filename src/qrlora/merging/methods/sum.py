@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qrlora.formats import Adapter, LowRank, each_layer
+from qrlora.formats import Adapter, Component, LowRank, each_layer
 from qrlora.merging._checks import BasesDifferError, basis_differences, common_side, layer_difference
 from qrlora.merging._header import merged_header
 from qrlora.merging._registry import register_merge
@@ -25,13 +25,13 @@ def merge_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     first = adapters[0]
     side, reason = common_side(adapters)
     if side is None or first.header is None:
-        raise _differ(reason)
+        raise _differ(reason, first.component)
 
     def summed(name: str, pairs: Sequence[LowRank]) -> LowRank:
         if not pairs[0].B.is_meta:
             difference = layer_difference(adapters, name, basis_differences(pairs, side), TOLERANCE)
             if difference is not None:
-                raise _differ(difference)
+                raise _differ(difference, first.component)
         if side == "output":
             return LowRank(pairs[0].B, _weighted([pair.A for pair in pairs], weights))
         return LowRank(_weighted([pair.B for pair in pairs], weights), pairs[0].A)
@@ -41,9 +41,9 @@ def merge_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     return Adapter(layers, header, first.component)
 
 
-def _differ(difference: str) -> BasesDifferError:
+def _differ(difference: str, component: Component) -> BasesDifferError:
     return BasesDifferError(
-        f"method sum needs one basis, but {difference}; use concat, which is exact at the summed rank."
+        f"method sum needs one basis, but {difference}; use concat, which is exact at the summed rank.", component
     )
 
 
@@ -51,6 +51,7 @@ def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     merged = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
     if merged.is_meta:
         return merged
+    tensors = [tensor.detach() for tensor in tensors]
     if list(weights) == [1, 1]:
         # One sum of two values is rounded alike in fp32 and in fp64 and then to fp32, as 53 digits are over twice 24.
         return torch.add(*tensors, out=merged)
