@@ -43,7 +43,7 @@ fusion: .venv/stamp
 	test -f data/emoji.npz || $(BIN)/python -m tools.emoji.build
 	$(BIN)/python -m benchmarks.fusion screen
 	$(BIN)/python -m benchmarks.fusion merges --methods lora-looks-flip
-	$(BIN)/python -m benchmarks.fusion test --methods lora-looks8-flip lora-looks-flip lora qr qr-looks-flip
+	$(BIN)/python -m benchmarks.fusion test --methods lora-looks8-flip lora-looks-flip lora qr qr-input qr-looks-flip
 	$(BIN)/python -m benchmarks.fusion report
 
 clean:
