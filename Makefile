@@ -37,12 +37,12 @@ starter: .venv/stamp
 	$(BIN)/python -m tools.starter.assemble
 	$(BIN)/python -m tools.starter.score
 
-# The fusion benchmark: about six hours on two cores; what is done is kept in data/fusion, so a run that was stopped goes on.
+# The fusion benchmark: about eight hours, mostly on one core; what is done is kept in data/fusion, so a run that was stopped goes on.
 fusion: .venv/stamp
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,emoji]'
 	test -f data/emoji.npz || $(BIN)/python -m tools.emoji.build
 	$(BIN)/python -m benchmarks.fusion screen
-	$(BIN)/python -m benchmarks.fusion merges --methods lora-looks-flip
+	$(BIN)/python -m benchmarks.fusion merges --methods lora-looks-flip qr
 	$(BIN)/python -m benchmarks.fusion test --methods lora-looks8-flip lora-looks-flip lora qr qr-input qr-looks-flip
 	$(BIN)/python -m benchmarks.fusion report
 
